@@ -1,0 +1,1 @@
+"""The host side: tasks, chats, tokenizers, packing, sources. Never imports jax."""

@@ -1,0 +1,1 @@
+"""Verifiers: (task, response) -> Verdict, deterministic, run in processes that can be killed."""

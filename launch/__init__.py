@@ -1,0 +1,1 @@
+"""The command line, the recipe runner, the report, and the recipes."""

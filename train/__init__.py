@@ -1,0 +1,1 @@
+"""Losses, steps and stages: everything that changes weights, and everything that judges them."""
