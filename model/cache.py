@@ -1,0 +1,48 @@
+"""The key-value cache: a pytree passed into `apply` and returned by it. Slot s of a row holds position s."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .config import ModelConfig
+
+AXES = ("layers", "batch", "kv_heads", None, "head_dim")
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, [L, B, N, S, K]. What lies beyond a row's last position is never seen."""
+
+    key: Float[Array, "L B N S K"]
+    value: Float[Array, "L B N S K"]
+
+    @property
+    def slots(self) -> int:
+        """Positions that a row can hold."""
+        return self.key.shape[3]
+
+
+def empty(config: ModelConfig, batch: int, slots: int) -> Cache:
+    """A cache of zeros for `batch` rows of up to `slots` positions, in the model's compute type."""
+    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
+    return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+
+def write(
+    cache: Cache,
+    layer: Int[Array, ""],
+    positions: Int[Array, "B T"],
+    new: tuple[Float[Array, "B T N K"], Float[Array, "B T N K"]],
+) -> Cache:
+    """Put the keys and values of some positions into one layer, in place where the buffer may be reused.
+
+    Positions at or past the last slot are dropped.
+    """
+    rows = jnp.arange(positions.shape[0])[:, None]
+
+    def put(buffer: Array, values: Array) -> Array:
+        return buffer.at[layer, rows, :, positions].set(
+            values.astype(buffer.dtype), mode="drop"
+        )
+
+    return Cache(put(cache.key, new[0]), put(cache.value, new[1]))

@@ -1,0 +1,135 @@
+"""What a model is: sizes, switches and the published shapes. Plain data, read from and written to a Hugging Face config."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the pretraining context.
+
+    `kind` is the config's name: "linear", "dynamic", "yarn", "longrope" or "llama3"; the fields a kind does not use keep
+    their defaults.
+    """
+
+    kind: Literal["linear", "dynamic", "yarn", "longrope", "llama3"]
+    factor: float = 1.0
+    original_context: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a Llama-architecture decoder. Sizes in elements; `dtype` is what activations are computed in."""
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    context: int = 2048
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+    init_std: float = 0.02
+    dtype: str = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim {self.head_dim} is odd: rotary embeddings need pairs"
+            )
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def num_params(self) -> int:
+        """Number of weights, tied ones counted once."""
+        attention = (
+            self.embed_dim
+            * self.head_dim
+            * (2 * self.num_heads + 2 * self.num_kv_heads)
+        )
+        if self.attention_bias:
+            attention += (
+                self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
+                + self.embed_dim
+            )
+        mlp = 3 * self.embed_dim * self.mlp_dim + (
+            2 * self.mlp_dim + self.embed_dim if self.mlp_bias else 0
+        )
+        embeddings = (
+            self.vocab_size * self.embed_dim * (1 if self.tie_embeddings else 2)
+        )
+        return (
+            self.num_layers * (attention + mlp + 2 * self.embed_dim)
+            + embeddings
+            + self.embed_dim
+        )
+
+
+RUNTIME_FIELDS = ("dtype", "remat")
+"""Fields that say how to compute, not what the model is: two models that differ only here may be merged."""
+
+
+def to_json(config: ModelConfig) -> str:
+    """The config as JSON text, for a checkpoint's own folder."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(path: Path) -> ModelConfig:
+    """Read what `to_json` wrote."""
+    fields = json.loads(path.read_text())
+    scaling = fields.pop("rope_scaling")
+    if scaling is not None:
+        scaling = RopeScaling(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in scaling.items()}
+        )
+    return ModelConfig(
+        **{**fields, "rope_scaling": scaling, "eos_ids": tuple(fields["eos_ids"])}
+    )
+
+
+TINY = ModelConfig(
+    vocab_size=384, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=176,
+    tie_embeddings=True, context=256,
+)  # fmt: skip
+SMOLLM2_135M = ModelConfig(
+    vocab_size=49_152, embed_dim=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536,
+    rope_theta=100_000.0, tie_embeddings=True, context=8192, bos_id=1, eos_ids=(2,), pad_id=2,
+)  # fmt: skip
+LLAMA_31_ROPE = RopeScaling(kind="llama3", factor=8.0, original_context=8192)
+LLAMA_31_8B = ModelConfig(
+    vocab_size=128_256, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336,
+    rope_theta=500_000.0, rope_scaling=LLAMA_31_ROPE, context=131_072, bos_id=128_000, eos_ids=(128_001, 128_008, 128_009),
+)  # fmt: skip
+LLAMA_31_70B = LLAMA_31_8B.replace(
+    embed_dim=8192, num_layers=80, num_heads=64, mlp_dim=28_672
+)

@@ -1,0 +1,206 @@
+"""The blocks of a Llama decoder as Flax modules. Flax names the parameters here and appears nowhere outside this folder."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ..sharding import mesh as meshes
+from . import attention, rope
+from .cache import Cache, write
+from .config import ModelConfig
+
+PARAM_AXES: dict[str, tuple[str, ...]] = {
+    "embedding": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
+    "final_norm": ("norm",),
+    "attention_norm": ("norm",),
+    "mlp_norm": ("norm",),
+    "q": ("embed", "heads", "head_dim"),
+    "k": ("embed", "kv_heads", "head_dim"),
+    "v": ("embed", "kv_heads", "head_dim"),
+    "o": ("heads", "head_dim", "embed"),
+    "q_bias": ("heads", "head_dim"),
+    "k_bias": ("kv_heads", "head_dim"),
+    "v_bias": ("kv_heads", "head_dim"),
+    "o_bias": ("norm",),
+    "gate": ("embed", "mlp"),
+    "up": ("embed", "mlp"),
+    "down": ("mlp", "embed"),
+    "gate_bias": ("mlp",),
+    "up_bias": ("mlp",),
+    "down_bias": ("norm",),
+}
+"""Logical axes of every parameter by its name; parameters under `layers` have one more, leading axis."""
+
+
+def rms_norm(
+    x: Float[Array, "B T D"], scale: Float[Array, " D"], eps: float
+) -> Float[Array, "B T D"]:
+    """x / rms(x) * scale in float32, returned in x's type. https://arxiv.org/abs/1910.07467"""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
+    return (wide * scale[None, None, :].astype(jnp.float32)).astype(x.dtype)
+
+
+class Where(NamedTuple):
+    """What every layer must know of the tokens at hand: positions, the rotary angles of them, who sees whom."""
+
+    positions: Int[Array, "B T"]
+    angles: tuple[Float[Array, "B T K2"], Float[Array, "B T K2"]]
+    allowed: Bool[Array, "B T S"]
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cache: Cache | None,
+        layer: Int[Array, ""],
+        where: Where,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        c = self.config
+        cos, sin = where.angles
+        query = rope.rotate(self._project(x, "q", c.num_heads), cos, sin)
+        key = rope.rotate(self._project(x, "k", c.num_kv_heads), cos, sin)
+        value = self._project(x, "v", c.num_kv_heads)
+        if cache is None:
+            keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        else:
+            cache = write(cache, layer, where.positions, (key, value))
+            keys, values = cache.key[layer], cache.value[layer]
+        out = attention.attend(query, keys, values, where.allowed)
+        kernel = self.param("o", _init(c), (c.num_heads, c.head_dim, c.embed_dim))
+        out = jnp.einsum("bthk,hkd->btd", out, kernel.astype(x.dtype))
+        if c.attention_bias:
+            out = (
+                out
+                + self.param("o_bias", nn.initializers.zeros, (c.embed_dim,)).astype(
+                    x.dtype
+                )[None, None]
+            )
+        return out, cache
+
+    def _project(self, x: Array, name: str, heads: int) -> Array:
+        c = self.config
+        kernel = self.param(name, _init(c), (c.embed_dim, heads, c.head_dim))
+        out = jnp.einsum("btd,dhk->bthk", x, kernel.astype(x.dtype))
+        if c.attention_bias:
+            out = (
+                out
+                + self.param(
+                    f"{name}_bias", nn.initializers.zeros, (heads, c.head_dim)
+                ).astype(x.dtype)[None, None]
+            )
+        return meshes.constrain(
+            out, "batch", "length", "heads" if name == "q" else "kv_heads", "head_dim"
+        )
+
+
+class Mlp(nn.Module):
+    """SwiGLU feed-forward: down(silu(gate(x)) * up(x)). https://arxiv.org/abs/2002.05202"""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        c = self.config
+        hidden = jax.nn.silu(
+            self._dense(x, "gate", (c.embed_dim, c.mlp_dim))
+        ) * self._dense(x, "up", (c.embed_dim, c.mlp_dim))
+        hidden = meshes.constrain(hidden, "batch", "length", "mlp")
+        return self._dense(hidden, "down", (c.mlp_dim, c.embed_dim))
+
+    def _dense(self, x: Array, name: str, shape: tuple[int, int]) -> Array:
+        out = x @ self.param(name, _init(self.config), shape).astype(x.dtype)
+        if self.config.mlp_bias:
+            out = (
+                out
+                + self.param(f"{name}_bias", nn.initializers.zeros, shape[1:]).astype(
+                    x.dtype
+                )[None, None]
+            )
+        return out
+
+
+class Block(nn.Module):
+    """One decoder layer. Carries (activations, cache, layer index) so that the cache is updated in place."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Float[Array, "B T D"], Cache | None, Int[Array, ""]],
+        where: Where,
+    ) -> tuple[tuple[Array, Cache | None, Array], None]:
+        x, cache, layer = carry
+        out, cache = Attention(self.config, name="attention")(
+            self._norm(x, "attention_norm"), cache, layer, where
+        )
+        x = meshes.constrain(x + out, "batch", "length", None)
+        x = x + Mlp(self.config, name="mlp")(self._norm(x, "mlp_norm"))
+        return (meshes.constrain(x, "batch", "length", None), cache, layer + 1), None
+
+    def _norm(self, x: Array, name: str) -> Array:
+        return rms_norm(
+            x,
+            self.param(name, nn.initializers.ones, (self.config.embed_dim,)),
+            self.config.norm_eps,
+        )
+
+
+class Decoder(nn.Module):
+    """Embedding, layers scanned over stacked weights, final norm; declares the head where it is not tied."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        allowed: Bool[Array, "B T S"],
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        c = self.config
+        embedding = self.param("embedding", _init(c), (c.vocab_size, c.embed_dim))
+        if not c.tie_embeddings:
+            self.param("head", _init(c), (c.embed_dim, c.vocab_size))
+        x = meshes.constrain(embedding[tokens].astype(c.dtype), "batch", "length", None)
+        layers = nn.scan(
+            _remat(c),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.num_layers,
+        )(c, name="layers")
+        (x, cache, _), _ = layers(
+            (x, cache, jnp.int32(0)),
+            Where(positions, rope.angles(c, positions), allowed),
+        )
+        scale = self.param("final_norm", nn.initializers.ones, (c.embed_dim,))
+        return rms_norm(x, scale, c.norm_eps), cache
+
+
+def _init(config: ModelConfig) -> nn.initializers.Initializer:
+    return nn.initializers.normal(config.init_std)
+
+
+def _remat(config: ModelConfig) -> type[Block]:
+    if config.remat == "none":
+        return Block
+    policies = jax.checkpoint_policies
+    policy = (
+        policies.dots_with_no_batch_dims_saveable
+        if config.remat == "dots"
+        else policies.nothing_saveable
+    )
+    return nn.remat(Block, prevent_cse=False, policy=policy)

@@ -1,0 +1,127 @@
+"""A Llama-architecture language model as pure functions: init, apply, logits, token_logp.
+
+Parameters are a nested dict of float32 arrays, layers stacked on a leading axis. Trainer, sampler, teacher and
+reference all call the same `apply`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..sharding import mesh as meshes
+from . import attention
+from .cache import Cache
+from .config import ModelConfig
+from .layers import PARAM_AXES, Decoder
+
+Params = dict[str, Any]
+
+
+def init(config: ModelConfig, key: Array) -> Params:
+    """Random float32 parameters, normal with the config's standard deviation."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return Decoder(config).init(key, tokens, tokens, jnp.ones((1, 1, 1), bool), None)[
+        "params"
+    ]
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """Shapes and types of the parameters, without computing any."""
+    return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+
+
+def logical_axes(config: ModelConfig) -> Params:
+    """The logical axes of every parameter, in the parameters' own tree."""
+
+    def axes(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> tuple[str, ...]:
+        names = PARAM_AXES[path[-1].key]
+        return names if len(names) == leaf.ndim else ("layers", *names)
+
+    return jax.tree_util.tree_map_with_path(axes, abstract_params(config))
+
+
+def shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
+    """Where each parameter lies on a mesh."""
+    return meshes.shardings(logical_axes(config), abstract_params(config), mesh)
+
+
+def apply(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"] | None = None,
+    cache: Cache | None = None,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """Final hidden states of some tokens, and the cache with their keys and values.
+
+    Args:
+        config: the model's shape.
+        params: as `init` makes them.
+        tokens: input ids.
+        positions: rotary positions; with a cache also the slots that the tokens take.
+        segments: who attends to whom (see `attention.segment_mask`); needed without a cache, unused with one.
+        cache: keys and values of earlier positions; queries see the slots up to their own position.
+
+    Returns:
+        Hidden states after the last norm in the compute type, and the updated cache (None if none was given).
+    """
+    if cache is not None:
+        allowed = attention.cache_mask(positions, cache.slots)
+    elif segments is not None:
+        allowed = attention.segment_mask(segments)
+    else:
+        raise ValueError(
+            "apply needs `segments` (training) or `cache` (decoding) to know who attends to whom"
+        )
+    return Decoder(config).apply({"params": params}, tokens, positions, allowed, cache)
+
+
+def head(config: ModelConfig, params: Params) -> Float[Array, "D V"]:
+    """The matrix that turns hidden states into logits; the transposed embedding where it is tied."""
+    return params["embedding"].T if config.tie_embeddings else params["head"]
+
+
+def logits(
+    config: ModelConfig, params: Params, hidden: Float[Array, "B T D"]
+) -> Float[Array, "B T V"]:
+    """Float32 logits. For a few positions at a time: over a whole batch use `token_logp`."""
+    kernel = head(config, params).astype(hidden.dtype)
+    out = jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32)
+    return meshes.constrain(out, "batch", "length", "vocab")
+
+
+def token_logp(
+    config: ModelConfig,
+    params: Params,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    *,
+    chunk: int = 1024,
+) -> Float[Array, "B T"]:
+    """Log-probability of each target, float32.
+
+    Runs over slices of T so that at most about `chunk` rows of logits exist at a time, forward and backward; the
+    backward pass computes them again.
+    """
+    batch, length, dim = hidden.shape
+    width = max(1, min(length, chunk // batch))
+    pad = -length % width
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, pad)))
+
+    @jax.checkpoint
+    def piece(_: None, inputs: tuple[Array, Array]) -> tuple[None, Array]:
+        scores = logits(config, params, inputs[0])
+        chosen = jnp.take_along_axis(scores, inputs[1][..., None], axis=-1)[..., 0]
+        return None, chosen - jax.nn.logsumexp(scores, axis=-1)
+
+    slices = (
+        hidden.reshape(batch, -1, width, dim).swapaxes(0, 1),
+        targets.reshape(batch, -1, width).swapaxes(0, 1),
+    )
+    _, logp = jax.lax.scan(piece, None, slices)
+    return logp.swapaxes(0, 1).reshape(batch, -1)[:, :length]

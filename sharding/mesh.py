@@ -1,0 +1,82 @@
+"""Device meshes, and how trees of arrays lie on them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from . import rules
+
+
+def make_mesh(
+    *,
+    data: int = 1,
+    fsdp: int = -1,
+    expert: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh with the axes (data, fsdp, expert, context, tensor); one size may be -1, "the devices that remain".
+
+    Raises:
+        ValueError: if the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [data, fsdp, expert, context, tensor]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(
+            f"mesh sizes {dict(zip(rules.MESH_AXES, sizes, strict=True))}: at most one may be -1, the rest at least 1"
+        )
+    fixed = math.prod(size for size in sizes if size != -1)
+    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        named = dict(zip(rules.MESH_AXES, sizes, strict=True))
+        raise ValueError(
+            f"mesh {named} needs {math.prod(sizes)} devices, there are {len(devices)}: change the sizes"
+        )
+    grid = np.asarray(devices).reshape(sizes)
+    return Mesh(grid, rules.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def sharding(
+    axes: rules.LogicalAxes, shape: Sequence[int], mesh: Mesh
+) -> NamedSharding:
+    """NamedSharding of one array with these logical axes."""
+    return NamedSharding(mesh, rules.spec(axes, shape, mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """NamedSharding of an array that every device holds whole."""
+    return NamedSharding(mesh, rules.replicated())
+
+
+def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of arrays.
+
+    Args:
+        axes: a tree of tuples of logical names.
+        shapes: the same tree with anything that has a `.shape` at its leaves.
+    """
+    return jax.tree.map(
+        lambda leaf, names: sharding(names, leaf.shape, mesh), shapes, axes
+    )
+
+
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """NamedShardings of a batch: [B, ...] leaves, B over the data axes and the second dimension over context."""
+    return jax.tree.map(
+        lambda x: sharding(("batch", "length", None, None)[: x.ndim], x.shape, mesh),
+        batch,
+    )
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tell the compiler how `x` lies on the mesh set by `jax.set_mesh`; without a mesh, `x` itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, rules.spec(axes, x.shape, mesh))
