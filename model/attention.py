@@ -38,15 +38,11 @@ def attend(
     batch, length, heads, dim = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum(
-        "btngk,bnsk->bngts", grouped, key, preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("btngk,bnsk->bngts", grouped, key, preferred_element_type=jnp.float32)
     seen = allowed[:, None, None, :, :]
     scores = jnp.where(seen, scores * dim**-0.5, jnp.finfo(jnp.float32).min)
     scores = scores - jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.where(seen, jnp.exp(scores), 0.0)
-    weights = weights / jnp.maximum(
-        jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny
-    )
-    out = jnp.einsum("bngts,bnsk->btngk", weights.astype(value.dtype), value)
-    return out.reshape(batch, length, heads, dim)
+    weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    out = jnp.einsum("bngts,bnsk->bngtk", weights.astype(value.dtype), value)
+    return out.reshape(batch, heads, length, dim).swapaxes(1, 2)

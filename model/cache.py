@@ -11,26 +11,37 @@ AXES = ("layers", "batch", "kv_heads", None, "head_dim")
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer, [L, B, N, S, K]. What lies beyond a row's last position is never seen."""
+    """Keys and values of every layer, [L, B, N, S, K], or a tuple of L arrays [B, N, S, K] beside unstacked weights.
 
-    key: Float[Array, "L B N S K"]
-    value: Float[Array, "L B N S K"]
+    What lies beyond a row's last position is never seen.
+    """
+
+    key: Float[Array, "L B N S K"] | tuple[Float[Array, "B N S K"], ...]
+    value: Float[Array, "L B N S K"] | tuple[Float[Array, "B N S K"], ...]
 
     @property
     def slots(self) -> int:
         """Positions that a row can hold."""
-        return self.key.shape[3]
+        return self.key[0].shape[2]
 
 
-def empty(config: ModelConfig, batch: int, slots: int) -> Cache:
+def empty(config: ModelConfig, batch: int, slots: int, *, unstacked: bool = False) -> Cache:
     """A cache of zeros for `batch` rows of up to `slots` positions, in the model's compute type."""
-    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
+    shape = (batch, config.num_kv_heads, slots, config.head_dim)
+    if unstacked:
+        return Cache(*(tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers)) for _ in range(2)))
+    shape = (config.num_layers, *shape)
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+
+def read(cache: Cache, layer: Int[Array, ""] | int) -> tuple[Float[Array, "B N S K"], Float[Array, "B N S K"]]:
+    """One layer's keys and values."""
+    return cache.key[layer], cache.value[layer]
 
 
 def write(
     cache: Cache,
-    layer: Int[Array, ""],
+    layer: Int[Array, ""] | int,
     positions: Int[Array, "B T"],
     new: tuple[Float[Array, "B T N K"], Float[Array, "B T N K"]],
 ) -> Cache:
@@ -40,9 +51,10 @@ def write(
     """
     rows = jnp.arange(positions.shape[0])[:, None]
 
-    def put(buffer: Array, values: Array) -> Array:
-        return buffer.at[layer, rows, :, positions].set(
-            values.astype(buffer.dtype), mode="drop"
-        )
+    def put(buffer: Array | tuple[Array, ...], values: Array) -> Array | tuple[Array, ...]:
+        if isinstance(buffer, tuple):
+            one = buffer[layer].at[rows, :, positions].set(values.astype(buffer[layer].dtype), mode="drop")
+            return (*buffer[:layer], one, *buffer[layer + 1 :])
+        return buffer.at[layer, rows, :, positions].set(values.astype(buffer.dtype), mode="drop")
 
     return Cache(put(cache.key, new[0]), put(cache.value, new[1]))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..sharding import mesh as meshes
 from . import attention, rope
-from .cache import Cache, write
+from .cache import Cache, read, write
 from .config import ModelConfig
 
 PARAM_AXES: dict[str, tuple[str, ...]] = {
@@ -36,9 +36,7 @@ PARAM_AXES: dict[str, tuple[str, ...]] = {
 """Logical axes of every parameter by its name; parameters under `layers` have one more, leading axis."""
 
 
-def rms_norm(
-    x: Float[Array, "B T D"], scale: Float[Array, " D"], eps: float
-) -> Float[Array, "B T D"]:
+def rms_norm(x: Float[Array, "B T D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "B T D"]:
     """x / rms(x) * scale in float32, returned in x's type. https://arxiv.org/abs/1910.07467"""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
@@ -63,7 +61,7 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B T D"],
         cache: Cache | None,
-        layer: Int[Array, ""],
+        layer: Int[Array, ""] | int,
         where: Where,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         c = self.config
@@ -75,17 +73,12 @@ class Attention(nn.Module):
             keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
         else:
             cache = write(cache, layer, where.positions, (key, value))
-            keys, values = cache.key[layer], cache.value[layer]
+            keys, values = read(cache, layer)
         out = attention.attend(query, keys, values, where.allowed)
         kernel = self.param("o", _init(c), (c.num_heads, c.head_dim, c.embed_dim))
         out = jnp.einsum("bthk,hkd->btd", out, kernel.astype(x.dtype))
         if c.attention_bias:
-            out = (
-                out
-                + self.param("o_bias", nn.initializers.zeros, (c.embed_dim,)).astype(
-                    x.dtype
-                )[None, None]
-            )
+            out = out + self.param("o_bias", nn.initializers.zeros, (c.embed_dim,)).astype(x.dtype)[None, None]
         return out, cache
 
     def _project(self, x: Array, name: str, heads: int) -> Array:
@@ -94,14 +87,9 @@ class Attention(nn.Module):
         out = jnp.einsum("btd,dhk->bthk", x, kernel.astype(x.dtype))
         if c.attention_bias:
             out = (
-                out
-                + self.param(
-                    f"{name}_bias", nn.initializers.zeros, (heads, c.head_dim)
-                ).astype(x.dtype)[None, None]
+                out + self.param(f"{name}_bias", nn.initializers.zeros, (heads, c.head_dim)).astype(x.dtype)[None, None]
             )
-        return meshes.constrain(
-            out, "batch", "length", "heads" if name == "q" else "kv_heads", "head_dim"
-        )
+        return meshes.constrain(out, "batch", "length", "heads" if name == "q" else "kv_heads", "head_dim")
 
 
 class Mlp(nn.Module):
@@ -112,42 +100,32 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c = self.config
-        hidden = jax.nn.silu(
-            self._dense(x, "gate", (c.embed_dim, c.mlp_dim))
-        ) * self._dense(x, "up", (c.embed_dim, c.mlp_dim))
+        hidden = jax.nn.silu(self._dense(x, "gate", (c.embed_dim, c.mlp_dim))) * self._dense(
+            x, "up", (c.embed_dim, c.mlp_dim)
+        )
         hidden = meshes.constrain(hidden, "batch", "length", "mlp")
         return self._dense(hidden, "down", (c.mlp_dim, c.embed_dim))
 
     def _dense(self, x: Array, name: str, shape: tuple[int, int]) -> Array:
         out = x @ self.param(name, _init(self.config), shape).astype(x.dtype)
         if self.config.mlp_bias:
-            out = (
-                out
-                + self.param(f"{name}_bias", nn.initializers.zeros, shape[1:]).astype(
-                    x.dtype
-                )[None, None]
-            )
+            out = out + self.param(f"{name}_bias", nn.initializers.zeros, shape[1:]).astype(x.dtype)[None, None]
         return out
 
 
 class Block(nn.Module):
-    """One decoder layer. Carries (activations, cache, layer index) so that the cache is updated in place."""
+    """One decoder layer: attention and feed-forward, each after a norm and added to the stream."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(
-        self,
-        carry: tuple[Float[Array, "B T D"], Cache | None, Int[Array, ""]],
-        where: Where,
-    ) -> tuple[tuple[Array, Cache | None, Array], None]:
-        x, cache, layer = carry
-        out, cache = Attention(self.config, name="attention")(
-            self._norm(x, "attention_norm"), cache, layer, where
-        )
+        self, x: Float[Array, "B T D"], cache: Cache | None, layer: Int[Array, ""] | int, where: Where
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        out, cache = Attention(self.config, name="attention")(self._norm(x, "attention_norm"), cache, layer, where)
         x = meshes.constrain(x + out, "batch", "length", None)
         x = x + Mlp(self.config, name="mlp")(self._norm(x, "mlp_norm"))
-        return (meshes.constrain(x, "batch", "length", None), cache, layer + 1), None
+        return meshes.constrain(x, "batch", "length", None), cache
 
     def _norm(self, x: Array, name: str) -> Array:
         return rms_norm(
@@ -157,50 +135,26 @@ class Block(nn.Module):
         )
 
 
-class Decoder(nn.Module):
-    """Embedding, layers scanned over stacked weights, final norm; declares the head where it is not tied."""
+class Ends(nn.Module):
+    """What stands before and after the layers: embedding, final norm, and the head where it is not tied."""
 
     config: ModelConfig
 
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        allowed: Bool[Array, "B T S"],
-        cache: Cache | None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+    def setup(self) -> None:
         c = self.config
-        embedding = self.param("embedding", _init(c), (c.vocab_size, c.embed_dim))
+        self.embedding = self.param("embedding", _init(c), (c.vocab_size, c.embed_dim))
+        self.final_norm = self.param("final_norm", nn.initializers.ones, (c.embed_dim,))
         if not c.tie_embeddings:
-            self.param("head", _init(c), (c.embed_dim, c.vocab_size))
-        x = meshes.constrain(embedding[tokens].astype(c.dtype), "batch", "length", None)
-        layers = nn.scan(
-            _remat(c),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=c.num_layers,
-        )(c, name="layers")
-        (x, cache, _), _ = layers(
-            (x, cache, jnp.int32(0)),
-            Where(positions, rope.angles(c, positions), allowed),
-        )
-        scale = self.param("final_norm", nn.initializers.ones, (c.embed_dim,))
-        return rms_norm(x, scale, c.norm_eps), cache
+            self.head = self.param("head", _init(c), (c.embed_dim, c.vocab_size))
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Look tokens up, in the compute type."""
+        return meshes.constrain(self.embedding[tokens].astype(self.config.dtype), "batch", "length", None)
+
+    def norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The norm after the last layer."""
+        return rms_norm(x, self.final_norm, self.config.norm_eps)
 
 
 def _init(config: ModelConfig) -> nn.initializers.Initializer:
     return nn.initializers.normal(config.init_std)
-
-
-def _remat(config: ModelConfig) -> type[Block]:
-    if config.remat == "none":
-        return Block
-    policies = jax.checkpoint_policies
-    policy = (
-        policies.dots_with_no_batch_dims_saveable
-        if config.remat == "dots"
-        else policies.nothing_saveable
-    )
-    return nn.remat(Block, prevent_cse=False, policy=policy)
