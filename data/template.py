@@ -29,7 +29,7 @@ class Rendered(NamedTuple):
 class _Generation(jinja2.ext.Extension):
     """`{% generation %} ... {% endgeneration %}`: what the model says; found again by two marks in the output."""
 
-    tags = {"generation"}
+    tags = frozenset(["generation"])  # pyright: ignore[reportAssignmentType] - jinja2 only asks what is in it
 
     def parse(self, parser: Any) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
