@@ -1,4 +1,4 @@
-"""What a model is: sizes, switches and the published shapes. Plain data, read from and written to a Hugging Face config."""
+"""What a model is: sizes, switches and the published shapes. Plain data."""
 
 import dataclasses
 import json
@@ -11,8 +11,8 @@ from typing import Any, Literal
 class RopeScaling:
     """How rotary frequencies are stretched beyond the pretraining context.
 
-    `kind` is the config's name: "linear", "dynamic", "yarn", "longrope" or "llama3"; the fields a kind does not use keep
-    their defaults.
+    `kind` is the config's name: "linear", "dynamic", "yarn", "longrope" or "llama3"; the fields that a kind does not
+    use keep their defaults. `factor` is context / original_context where a checkpoint leaves it to that.
     """
 
     kind: Literal["linear", "dynamic", "yarn", "longrope", "llama3"]
@@ -57,13 +57,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
-            )
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(
-                f"head_dim {self.head_dim} is odd: rotary embeddings need pairs"
-            )
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embeddings need pairs")
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed."""
@@ -72,27 +68,12 @@ class ModelConfig:
     @property
     def num_params(self) -> int:
         """Number of weights, tied ones counted once."""
-        attention = (
-            self.embed_dim
-            * self.head_dim
-            * (2 * self.num_heads + 2 * self.num_kv_heads)
-        )
+        attention = self.embed_dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         if self.attention_bias:
-            attention += (
-                self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
-                + self.embed_dim
-            )
-        mlp = 3 * self.embed_dim * self.mlp_dim + (
-            2 * self.mlp_dim + self.embed_dim if self.mlp_bias else 0
-        )
-        embeddings = (
-            self.vocab_size * self.embed_dim * (1 if self.tie_embeddings else 2)
-        )
-        return (
-            self.num_layers * (attention + mlp + 2 * self.embed_dim)
-            + embeddings
-            + self.embed_dim
-        )
+            attention += self.head_dim * (self.num_heads + 2 * self.num_kv_heads) + self.embed_dim
+        mlp = 3 * self.embed_dim * self.mlp_dim + (2 * self.mlp_dim + self.embed_dim if self.mlp_bias else 0)
+        embeddings = self.vocab_size * self.embed_dim * (1 if self.tie_embeddings else 2)
+        return self.num_layers * (attention + mlp + 2 * self.embed_dim) + embeddings + self.embed_dim
 
 
 RUNTIME_FIELDS = ("dtype", "remat")
@@ -109,12 +90,8 @@ def from_json(path: Path) -> ModelConfig:
     fields = json.loads(path.read_text())
     scaling = fields.pop("rope_scaling")
     if scaling is not None:
-        scaling = RopeScaling(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in scaling.items()}
-        )
-    return ModelConfig(
-        **{**fields, "rope_scaling": scaling, "eos_ids": tuple(fields["eos_ids"])}
-    )
+        scaling = RopeScaling(**{k: tuple(v) if isinstance(v, list) else v for k, v in scaling.items()})
+    return ModelConfig(**{**fields, "rope_scaling": scaling, "eos_ids": tuple(fields["eos_ids"])})
 
 
 TINY = ModelConfig(
@@ -128,8 +105,7 @@ SMOLLM2_135M = ModelConfig(
 LLAMA_31_ROPE = RopeScaling(kind="llama3", factor=8.0, original_context=8192)
 LLAMA_31_8B = ModelConfig(
     vocab_size=128_256, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336,
-    rope_theta=500_000.0, rope_scaling=LLAMA_31_ROPE, context=131_072, bos_id=128_000, eos_ids=(128_001, 128_008, 128_009),
+    rope_theta=500_000.0, rope_scaling=LLAMA_31_ROPE, context=131_072, bos_id=128_000,
+    eos_ids=(128_001, 128_008, 128_009),
 )  # fmt: skip
-LLAMA_31_70B = LLAMA_31_8B.replace(
-    embed_dim=8192, num_layers=80, num_heads=64, mlp_dim=28_672
-)
+LLAMA_31_70B = LLAMA_31_8B.replace(embed_dim=8192, num_layers=80, num_heads=64, mlp_dim=28_672)

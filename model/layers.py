@@ -1,4 +1,4 @@
-"""The blocks of a Llama decoder as Flax modules. Flax names the parameters here and appears nowhere outside this folder."""
+"""The blocks of a Llama decoder as Flax modules. Flax names the parameters and is seen nowhere outside this folder."""
 
 from typing import NamedTuple
 

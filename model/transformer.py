@@ -120,8 +120,11 @@ def unstack(config: ModelConfig, params: Params) -> Params:
     For decoding on CPU, where every step of a scan would copy its layer's weights out of the stack (measured on
     SmolLM2-135M: twice the time of the layers themselves at 64 rows).
     """
-    layers = params["layers"]
-    return {**params, "layers": tuple(jax.tree.map(lambda x: x[i], layers) for i in range(config.num_layers))}
+
+    def layer(index: int) -> Params:
+        return jax.tree.map(lambda x: x[index], params["layers"])
+
+    return {**params, "layers": tuple(layer(index) for index in range(config.num_layers))}
 
 
 def head(config: ModelConfig, params: Params) -> Float[Array, "D V"]:
