@@ -22,7 +22,7 @@ def render(
     The names of control tokens inside messages stay plain text: a user cannot close their turn and open another's.
     """
     _require(tokenizer, messages)
-    safe, mark = _defused(tokenizer, messages)
+    (safe, tools), mark = _defused(tokenizer, (messages, tools))
     text = _text(tokenizer, safe, tools, add_generation_prompt).text
     return tokenizer.encode_marked(text, mark)
 
@@ -38,7 +38,7 @@ def render_with_mask(
     nothing is chosen.
     """
     _require(tokenizer, messages)
-    safe, mark = _defused(tokenizer, messages)
+    (safe, tools), mark = _defused(tokenizer, (messages, tools))
     full = _text(tokenizer, safe, tools, False)
     spans = full.generated or _answers(tokenizer, safe, tools, full.text)
     tokens: list[int] = []
@@ -114,17 +114,15 @@ def _require(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
             raise ValueError(f"message {index} has the keys {sorted(message)} and no 'role'; add one")
 
 
-def _defused(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[Any], str]:
-    """The messages with marks inside every control token's name, and after a name's beginning at the end of a text.
+def _defused(tokenizer: Tokenizer, content: tuple[Any, ...]) -> tuple[list[Any], str]:
+    """`content` with marks inside every control token's name, and after a name's beginning at the end of a text.
 
     The marks survive the template, keep the tokenizer from seeing a control token there, and are removed before the
     text is tokenized. (Two texts could still form a name together if a template cut a piece out of either.)
     """
-    mark = template.unused_characters(json.dumps(list(messages), ensure_ascii=False, default=str), 1)
-    names = [name for name in tokenizer.special_tokens if len(name) > 1]
-    if not names:
-        return list(messages), mark
-    whole = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
+    mark = template.unused_characters(json.dumps(content, ensure_ascii=False, default=str), 1)
+    names = sorted((name for name in tokenizer.special_tokens if len(name) > 1), key=len, reverse=True)
+    whole = re.compile("|".join(re.escape(name) for name in names) if names else r"(?!)")
     starts = tuple({name[:length] for name in names for length in range(1, len(name))})
 
     def defuse(value: Any) -> Any:
@@ -138,4 +136,4 @@ def _defused(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[An
         body = marked.rstrip()
         return body + mark + marked[len(body) :] if body.endswith(starts) else marked
 
-    return [defuse(message) for message in messages], mark
+    return defuse(content), mark

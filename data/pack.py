@@ -66,13 +66,12 @@ def pack(
     placed = _first_fit(sizes, length)
     batch = _empty(_num_rows(placed, rows, multiple), length, fields, examples)
     spans = np.zeros((len(examples), 3), np.int32)
-    groups: dict[int, int] = {}
+    numbers = _numbers(placed)
     for index, (row, start) in enumerate(placed):
         example, size = examples[index], sizes[index]
         at = slice(start, start + size)
-        groups[row] = groups.get(row, 0) + 1
         batch["tokens"][row, at] = example.tokens
-        batch["segments"][row, at] = groups[row] * BRANCHES
+        batch["segments"][row, at] = numbers[index] * BRANCHES
         batch["positions"][row, at] = np.arange(size)
         last = max(start + size - 1, start)
         _put(batch, (row, start, last), example, 1, fields)
@@ -102,14 +101,12 @@ def pack_groups(
     batch = _empty(_num_rows(placed, rows, multiple), length, fields, answers)
     spans = np.zeros((len(answers), 3), np.int32)
     offsets = np.cumsum([0, *(len(group.answers) for group in groups)])
-    numbers: dict[int, int] = {}
-    for part, (row, start) in zip(parts, placed, strict=True):
-        numbers[row] = numbers.get(row, 0) + 1
+    for part, (row, start), number in zip(parts, placed, _numbers(placed), strict=True):
         prompt = np.asarray(groups[part.group].prompt, np.int32)
         shared = len(prompt) - 1
         at = slice(start, start + shared)
         batch["tokens"][row, at] = prompt[:-1]
-        batch["segments"][row, at] = numbers[row] * BRANCHES
+        batch["segments"][row, at] = number * BRANCHES
         batch["positions"][row, at] = np.arange(shared)
         begin = start + shared
         for branch, index in enumerate(part.answers, start=1):
@@ -117,7 +114,7 @@ def pack_groups(
             stop = begin + len(answer.tokens)
             batch["tokens"][row, begin] = prompt[-1]
             batch["tokens"][row, begin + 1 : stop] = answer.tokens[:-1]
-            batch["segments"][row, begin:stop] = numbers[row] * BRANCHES + branch
+            batch["segments"][row, begin:stop] = number * BRANCHES + branch
             batch["positions"][row, begin:stop] = np.arange(shared, shared + stop - begin)
             _put(batch, (row, begin, stop), answer, 0, fields)
             spans[offsets[part.group] + index] = row, begin, stop
@@ -189,6 +186,16 @@ def _first_fit(sizes: Sequence[int], length: int, most: int | None = None) -> li
         free[row] -= sizes[index]
         slots[row] -= 1
     return placed
+
+
+def _numbers(placed: Sequence[tuple[int, int]]) -> list[int]:
+    """The place of each item in its row, from left to right, counted from 1."""
+    numbers = [0] * len(placed)
+    counts: dict[int, int] = {}
+    for index in sorted(range(len(placed)), key=lambda index: placed[index]):
+        row = placed[index][0]
+        numbers[index] = counts[row] = counts.get(row, 0) + 1
+    return numbers
 
 
 def _num_rows(placed: Sequence[tuple[int, int]], rows: int | None, multiple: int) -> int:

@@ -14,7 +14,7 @@ import jinja2.nodes
 import jinja2.sandbox
 
 MAX_TEMPLATE = 100_000  # characters; the longest published templates have about 20,000
-MAX_STEPS = 1_000_000  # loop iterations and calls in one rendering
+MAX_STEPS = 250_000  # loop iterations and calls in one rendering
 MAX_PRODUCT = 1_000_000  # characters or bits that one `*` or `**` may make
 DATE = datetime.datetime(2025, 1, 1)  # what strftime_now says: the same chat gives the same tokens tomorrow
 
@@ -128,11 +128,11 @@ def render(source: str, messages: Sequence[Mapping[str, Any]], **variables: Any)
     Raises ValueError with the template's own message if it refuses the conversation.
     """
     environment, template = _compile(source)
-    plain = json.loads(json.dumps([dict(message) for message in messages]))
-    begin, end = unused_characters(json.dumps(plain, ensure_ascii=False) + source, 2)
+    content = json.dumps({**variables, "messages": list(messages)}, ensure_ascii=False, default=dict)
+    begin, end = unused_characters(content + source, 2)
     environment.start((begin, end))
     try:
-        marked = template.render(messages=plain, **variables)
+        marked = template.render(json.loads(content))
     except (jinja2.TemplateError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"the chat template refuses this conversation: {error}") from error
     return _without_marks(marked, begin, end)
