@@ -1,0 +1,67 @@
+"""Corrections for a sampler whose probabilities differ from the trainer's, by staleness or by numerics.
+
+`behavior_logp` is what the sampler reported for each token, `old_logp` the trainer's log-prob with the weights of the
+rollout. The weights multiply a loss per token and are constants: no gradient flows through them.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from . import masked
+
+
+def log_ratio(logp: Float[Array, "*S"], behavior_logp: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """log trainer - log sampler of each token, a constant."""
+    return lax.stop_gradient(logp.astype(jnp.float32) - behavior_logp.astype(jnp.float32))
+
+
+def truncated_importance_weight(
+    old_logp: Float[Array, "*S"], behavior_logp: Float[Array, "*S"], *, cap: float = 2.0
+) -> Float[Array, "*S"]:
+    """TIS: min(pi_old / mu, cap).
+
+    Olmo 3, https://arxiv.org/abs/2512.13961, eq. 1; first in https://fengyao.notion.site/off-policy-rl.
+    """
+    return jnp.minimum(jnp.exp(log_ratio(old_logp, behavior_logp)), cap)
+
+
+def masked_importance_weight(
+    old_logp: Float[Array, "*S"], behavior_logp: Float[Array, "*S"], *, low: float = 0.5, high: float = 2.0
+) -> Float[Array, "*S"]:
+    """IcePop: pi_old / mu where it lies in [low, high], else 0: a token too far off is dropped.
+
+    MiMo-V2-Flash, https://arxiv.org/abs/2601.02780, eq. 8, has the same form with the current policy for pi_old.
+    """
+    ratio = jnp.exp(log_ratio(old_logp, behavior_logp))
+    return jnp.where((ratio >= low) & (ratio <= high), ratio, 0.0)
+
+
+def off_policy_sequence_mask(
+    drift: Float[Array, "*S"], advantage: Float[Array, "*S"], *, delta: float
+) -> Float[Array, "*S"]:
+    """V3.2: 0 for a sequence with a negative advantage that the policy has moved away from, else 1.
+
+    `drift` is the sequence's mean of log sampler - log policy, that is `-masked.segment_mean(log_ratio(logp,
+    behavior_logp), mask, segments)` for packed rows or `-masked.sequence_mean(...)` for one sequence a row. It multiplies
+    the policy-gradient term and not the KL term. DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, section 3.1, which does
+    not publish `delta`: look at the distribution of `drift` first.
+    """
+    dropped = (advantage < 0) & (drift > delta)
+    return 1.0 - lax.stop_gradient(dropped.astype(jnp.float32))
+
+
+def metrics(
+    ratio: Float[Array, "*S"], mask: Float[Array, "*S"], *, low: float, high: float
+) -> dict[str, Float[Array, ""]]:
+    """How far trainer and sampler are apart, from their `log_ratio`: mean, largest absolute value, share out of range.
+
+    `outside_share` counts the tokens whose probability ratio is below `low` or above `high`; for TIS, `low` is 0.
+    """
+    probability_ratio = jnp.exp(ratio)
+    outside = ((probability_ratio < low) | (probability_ratio > high)).astype(jnp.float32)
+    return {
+        "log_ratio_mean": masked.mean(ratio, mask),
+        "log_ratio_max": jnp.max(jnp.where(mask != 0, jnp.abs(ratio), 0.0), initial=0.0),
+        "outside_share": masked.mean(outside, mask),
+    }
