@@ -23,7 +23,7 @@ setup: .venv/.ready ## create .venv with the pinned requirements and the posttra
 	if ! command -v cc >/dev/null; then \
 	  echo "make setup: no C compiler (cc), which the SAT solver of reasoning-gym is built with; install gcc and the headers of your Python (python3-dev)." >&2; exit 1; \
 	fi; \
-	echo "make setup: .venv with $$($$python -V) ($$python); the first time downloads about 500 MB"; \
+	echo "make setup: .venv with $$($$python -V) ($$python); the first time takes some minutes and 1.7 GB of disk"; \
 	$$python -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[tasks,dev]' -c constraints.txt
 	@mkdir -p .venv/typing && ln -sfn "$(CURDIR)" .venv/typing/posttrain
