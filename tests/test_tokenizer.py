@@ -25,7 +25,8 @@ CHAT = [
     {"role": "assistant", "content": "19"},
 ]
 
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+LLAMA3 = WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def splitters(pattern):
@@ -173,7 +174,7 @@ def test_a_file_that_is_damaged_or_absent_is_named(tmp_path):
     for name in ("short.gguf", "other.gguf"):
         with pytest.raises(ValueError, match=f"{name} is damaged"):
             tokenizer.load(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="neither a .gguf file nor a directory"):
+    with pytest.raises(FileNotFoundError, match=r"neither a \.gguf file nor a directory"):
         tokenizer.load(tmp_path)
 
 
