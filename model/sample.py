@@ -1,0 +1,322 @@
+"""The generation engine: prompts in, tokens and their log-probabilities out.
+
+A fixed number of slots decode together in one compiled loop. A slot whose answer ends is given the next waiting
+prompt; the samples of one prompt share its prefill. Shapes come from buckets, so a new length compiles nothing new.
+Noise depends on (seed, step, row, token) only: an answer is the same whatever slot, batch or order computed it.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ..sharding import mesh as meshes
+from . import cache as caches
+from . import processing, transformer
+from .config import ModelConfig
+from .processing import Sampling
+
+MAX_STOPS = 8
+
+
+class Generation(NamedTuple):
+    """One answer.
+
+    `tokens` ends with the stop token if `finish` is "stop"; "length" means cut at the limit. `logp` holds, per token,
+    its log-probability under the distribution that it was drawn from (after temperature, top-k, top-p, min-p), float32.
+    """
+
+    tokens: np.ndarray
+    logp: np.ndarray
+    finish: Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Names the random numbers of a call: the same seed, step and row give the same answer."""
+
+    seed: int = 0
+    step: int = 0
+    first_row: int = 0
+
+
+class _Slots(NamedTuple):
+    """What the decoding loop carries, one entry per slot."""
+
+    cache: caches.Cache
+    token: Int[Array, " B"]
+    position: Int[Array, " B"]
+    row: Int[Array, " B"]
+    count: Int[Array, " B"]
+    limit: Int[Array, " B"]
+    active: Bool[Array, " B"]
+    tokens: Int[Array, "B N"]
+    logp: Float[Array, "B N"]
+
+
+def generate(
+    config: ModelConfig,
+    params: transformer.Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_samples: int = 1,
+    sampling: Sampling,
+    noise: Noise,
+    slots: int = 64,
+    mesh: jax.sharding.Mesh | None = None,
+    on_finish: Callable[[int], None] | None = None,
+) -> list[list[Generation]]:
+    """Sample `num_samples` answers to every prompt.
+
+    Args:
+        config: the model's shape.
+        params: its parameters.
+        prompts: token ids, at least one each.
+        num_samples: answers per prompt; they share the prompt's prefill.
+        sampling: temperature, truncation, length limit and stop ids.
+        noise: seed, step and first row of the random numbers; sample g of prompt p is row
+            `first_row + p * num_samples + g`.
+        slots: answers decoded at a time; memory grows with it.
+        mesh: shards the slots over its data axes and the heads over its tensor axis.
+        on_finish: called with the number of answers that have just ended (for progress bars).
+
+    Returns:
+        A list of answers per prompt, in order.
+
+    Raises:
+        ValueError: for an empty prompt, or one that leaves no room for an answer in the model's context.
+    """
+    _check(config, prompts, sampling)
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        engine = _Engine((config, params), prompts, num_samples, sampling, noise, slots)
+        return engine.run(on_finish or (lambda _: None))
+
+
+def bucket(size: int, *, minimum: int = 16) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds `size`: shapes repeat, at most a third is padding."""
+    value = minimum
+    while value < size:
+        if value + value // 2 >= size:
+            return value + value // 2
+        value *= 2
+    return value
+
+
+def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    if len(sampling.stop_ids) > MAX_STOPS:
+        raise ValueError(f"{len(sampling.stop_ids)} stop ids, at most {MAX_STOPS} are supported: {sampling.stop_ids}")
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(
+                f"prompt {index} is empty: give at least one token, for instance the beginning-of-text token"
+            )
+        if len(prompt) + sampling.max_tokens > config.context:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens, which with {sampling.max_tokens} new ones exceeds the "
+                f"model's context of {config.context}: shorten the prompt or lower max_tokens"
+            )
+
+
+class _Unit(NamedTuple):
+    """Answers to one prompt that are admitted together."""
+
+    prompt: int
+    samples: range
+
+
+class _Engine:
+    """Host side of the loop: which prompt waits, which slot is free, what has been said."""
+
+    def __init__(
+        self, model: tuple[ModelConfig, transformer.Params], prompts: Sequence[Sequence[int]], num_samples: int,
+        sampling: Sampling, noise: Noise, slots: int,
+    ) -> None:  # fmt: skip
+        config, params = model
+        self.config, self.sampling, self.noise = config, sampling, noise
+        self.prompts, self.num_samples = prompts, num_samples
+        self.num_slots = bucket(min(slots, max(1, len(prompts) * num_samples)), minimum=1)
+        self.group = min(num_samples, self.num_slots)
+        self.refill = max(self.group, self.num_slots // 4)
+        self.width = bucket(max(map(len, prompts), default=1))
+        self.capacity = bucket(sampling.max_tokens)
+        self.unstacked = jax.default_backend() == "cpu"
+        self.params = _unstack(config, params) if self.unstacked else params
+        pieces = [range(i, min(i + self.group, num_samples)) for i in range(0, num_samples, self.group)]
+        self.waiting = [_Unit(p, piece) for p in range(len(prompts)) for piece in pieces][::-1]
+        self.holds: list[tuple[int, int] | None] = [None] * self.num_slots
+        self.answers: list[list[Any]] = [[None] * num_samples for _ in prompts]
+
+    def run(self, on_finish: Callable[[int], None]) -> list[list[Generation]]:
+        if not self.prompts:
+            return []
+        static = (self.config, self.sampling)
+        key = jax.random.fold_in(jax.random.key(self.noise.seed), self.noise.step)
+        state = _start(*static, self.num_slots, self.width + self.capacity, self.capacity, self.unstacked)
+        while self.waiting or any(self.holds):
+            while self.waiting and self.holds.count(None) >= self.group:
+                state = _admit(*static, self.params, state, key, *self._next_units())
+            enough = self.num_slots - self.refill if self.waiting else 0
+            state = _decode(*static, self.params, state, key, enough)
+            on_finish(self._collect(state))
+        return self.answers
+
+    def _next_units(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Prompts [A, P], lengths [A], slots [A, G], rows [A, G] of what is admitted next; slot num_slots is nobody."""
+        free = [slot for slot, held in enumerate(self.holds) if held is None]
+        count = min(len(self.waiting), len(free) // self.group)
+        size = bucket(count, minimum=1)
+        tokens = np.zeros((size, self.width), np.int32)
+        lengths = np.ones(size, np.int32)
+        slots = np.full((size, self.group), self.num_slots, np.int32)
+        rows = np.zeros((size, self.group), np.int32)
+        for index in range(count):
+            unit = self.waiting.pop()
+            prompt = self.prompts[unit.prompt]
+            tokens[index, : len(prompt)] = prompt
+            lengths[index] = len(prompt)
+            for place, sample in enumerate(unit.samples):
+                slots[index, place] = free.pop(0)
+                rows[index, place] = self.noise.first_row + unit.prompt * self.num_samples + sample
+                self.holds[slots[index, place]] = (unit.prompt, sample)
+        return tokens, lengths, slots, rows
+
+    def _collect(self, state: _Slots) -> int:
+        """Take finished answers out of their slots; returns how many."""
+        active, count, token = (np.asarray(x) for x in (state.active, state.count, state.token))
+        done = [slot for slot, held in enumerate(self.holds) if held is not None and not active[slot]]
+        if not done:
+            return 0
+        tokens, logp = np.asarray(state.tokens), np.asarray(state.logp)
+        for slot in done:
+            prompt, sample = self.holds[slot]  # pyright: ignore[reportGeneralTypeIssues]
+            n = int(count[slot])
+            finish = "stop" if int(token[slot]) in self.sampling.stop_ids else "length"
+            self.answers[prompt][sample] = Generation(tokens[slot, :n].copy(), logp[slot, :n].copy(), finish)
+            self.holds[slot] = None
+        return len(done)
+
+
+@partial(jax.jit, static_argnums=0)
+def _unstack(config: ModelConfig, params: transformer.Params) -> transformer.Params:
+    return transformer.unstack(config, params)
+
+
+def _constrain(state: _Slots) -> _Slots:
+    """Slots over the data axes, heads over the tensor axis."""
+    put = meshes.constrain
+    axes = caches.AXES if not isinstance(state.cache.key, tuple) else caches.AXES[1:]
+    cache = jax.tree.map(lambda x: put(x, *axes), state.cache)
+    rest = {name: put(x, "batch", *([None] * (x.ndim - 1))) for name, x in state._asdict().items() if name != "cache"}
+    return _Slots(cache=cache, **rest)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _start(config: ModelConfig, sampling: Sampling, slots: int, length: int, capacity: int, unstacked: bool) -> _Slots:
+    ints = partial(jnp.zeros, dtype=jnp.int32)
+    return _constrain(
+        _Slots(
+            cache=caches.empty(config, slots, length, unstacked=unstacked),
+            token=ints(slots), position=ints(slots), row=ints(slots), count=ints(slots),
+            limit=jnp.full(slots, sampling.max_tokens, jnp.int32), active=jnp.zeros(slots, bool),
+            tokens=ints((slots, capacity)), logp=jnp.zeros((slots, capacity), jnp.float32),
+        )
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def _admit(
+    config: ModelConfig,
+    sampling: Sampling,
+    params: transformer.Params,
+    state: _Slots,
+    key: Array,
+    prompts: Int[Array, "A P"],
+    lengths: Int[Array, " A"],
+    slots: Int[Array, "A G"],
+    rows: Int[Array, "A G"],
+) -> _Slots:
+    """Prefill some prompts once each, copy their keys and values into the slots of their samples, draw first tokens."""
+    count, width = prompts.shape
+    group = slots.shape[1]
+    fresh = caches.empty(config, count, width, unstacked=isinstance(state.cache.key, tuple))
+    positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
+    hidden, fresh = transformer.apply(config, params, prompts, positions=positions, cache=fresh)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    scores = jnp.repeat(transformer.logits(config, params, last)[:, 0], group, axis=0)
+    slots, rows = slots.reshape(-1), rows.reshape(-1)
+    token, logp = processing.draw(scores, _keys(key, rows, jnp.zeros_like(rows)), sampling)
+    cache = jax.tree.map(lambda old, new: _place(old, new, slots, group), state.cache, fresh)
+
+    def put(old: Array, new: Array) -> Array:
+        return old.at[slots].set(new, mode="drop")
+
+    return _constrain(
+        state._replace(
+            cache=cache,
+            token=put(state.token, token),
+            position=put(state.position, jnp.repeat(lengths, group)),
+            row=put(state.row, rows),
+            count=put(state.count, jnp.ones_like(rows)),
+            active=put(state.active, ~_stops(token, sampling) & (sampling.max_tokens > 1)),
+            tokens=state.tokens.at[slots, 0].set(token, mode="drop"),
+            logp=state.logp.at[slots, 0].set(logp, mode="drop"),
+        )
+    )
+
+
+def _place(old: Array, new: Array, slots: Int[Array, " AG"], group: int) -> Array:
+    """Copy [.., A, N, P, K] prompt keys into the first P positions of their samples' slots of [.., B, N, S, K]."""
+    batch_dim = old.ndim - 4
+    repeated = jnp.repeat(new, group, axis=batch_dim)
+    index = (slice(None),) * batch_dim + (slots, slice(None), slice(0, new.shape[-2]))
+    return old.at[index].set(repeated, mode="drop")
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def _decode(
+    config: ModelConfig, sampling: Sampling, params: transformer.Params, state: _Slots, key: Array, enough: Array | int
+) -> _Slots:
+    """Decode until at most `enough` slots are still talking, and at least one step."""
+
+    def step(state: _Slots) -> _Slots:
+        hidden, cache = transformer.apply(
+            config, params, state.token[:, None], positions=state.position[:, None], cache=state.cache
+        )
+        scores = transformer.logits(config, params, hidden)[:, 0]
+        token, logp = processing.draw(scores, _keys(key, state.row, state.count), sampling)
+        active = state.active
+        place = jnp.where(active, state.count, state.tokens.shape[1])
+        every = jnp.arange(active.shape[0])
+        count = state.count + active
+        return _constrain(
+            state._replace(
+                cache=cache,
+                token=jnp.where(active, token, state.token),
+                position=state.position + active,
+                count=count,
+                active=active & ~_stops(token, sampling) & (count < state.limit),
+                tokens=state.tokens.at[every, place].set(token, mode="drop"),
+                logp=state.logp.at[every, place].set(logp, mode="drop"),
+            )
+        )
+
+    running = jnp.sum(state.active)
+    enough = jnp.where(running > enough, enough, jnp.maximum(running - 1, 0))
+    return jax.lax.while_loop(lambda s: jnp.sum(s.active) > enough, step, state)
+
+
+def _stops(token: Int[Array, " B"], sampling: Sampling) -> Bool[Array, " B"]:
+    if not sampling.stop_ids:
+        return jnp.zeros(token.shape, bool)
+    return jnp.any(token[:, None] == jnp.asarray(sampling.stop_ids)[None, :], axis=1)
+
+
+def _keys(key: Array, rows: Int[Array, " B"], count: Int[Array, " B"]) -> Array:
+    """A key per row and token: the seed and step are already folded into `key`."""
+    return jax.vmap(lambda row, n: jax.random.fold_in(jax.random.fold_in(key, row), n))(rows, count)
