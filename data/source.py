@@ -1,0 +1,226 @@
+"""Records on disk in an order that is a pure function of (seed, index), so that a cursor is one integer."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
+
+import grain
+import numpy as np
+import pyarrow
+from pyarrow import parquet
+
+from .task import Message
+
+log = logging.getLogger(__name__)
+
+Record = Mapping[str, Any]
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Indexable(Protocol[T_co]):
+    """What has a length and an item at each index: files of records, task sources, lists."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> T_co: ...
+
+
+class Preference(NamedTuple):
+    """A conversation so far, and a better and a worse way to go on."""
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+
+
+def conversation(record: Record) -> tuple[Message, ...]:
+    """The messages of a record: {"messages": [...]}, or {"prompt", "response"}, or {"prompt", "completion"}.
+
+    A prompt or an answer is a text or a list of messages. Raises ValueError that names the keys found instead.
+    """
+    if "messages" in record:
+        return _messages(record["messages"], "user")
+    for answer in ("response", "completion"):
+        if "prompt" in record and answer in record:
+            return (*_messages(record["prompt"], "user"), *_messages(record[answer], "assistant"))
+    raise ValueError(f"it has the keys {sorted(record)} and needs messages, or prompt with response or completion")
+
+
+def preference(record: Record) -> Preference:
+    """A record {"prompt", "chosen", "rejected"}, each a text or a list of messages."""
+    missing = [key for key in ("prompt", "chosen", "rejected") if key not in record]
+    if missing:
+        raise ValueError(f"it has the keys {sorted(record)} and lacks {missing}")
+    answers = [_messages(record[key], "assistant") for key in ("chosen", "rejected")]
+    return Preference(_messages(record["prompt"], "user"), *answers)
+
+
+def _messages(value: Any, role: str) -> tuple[Message, ...]:
+    if isinstance(value, str):
+        return ({"role": role, "content": value},)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"it has {value!r:.80} where a text or a list of messages belongs")
+    for message in value:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"it has {message!r:.80} where a message with a role belongs")
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise ValueError(f"it has a message of {message['role']!r} without content")
+    # Columnar formats fill keys that other messages have with None.
+    return tuple({key: item for key, item in message.items() if item is not None} for message in value)
+
+
+class JsonLines(Generic[T]):
+    """The records of JSON Lines files, parsed when asked for; every line is checked once, at the start.
+
+    `malformed` names the lines that are left out, as `file:line: reason`.
+    """
+
+    def __init__(self, paths: Sequence[Path], parse: Callable[[Record], T], max_malformed: float) -> None:
+        places: list[tuple[int, int, int]] = []
+        malformed: list[str] = []
+        for number, path in enumerate(paths):
+            offset = 0
+            with path.open("rb") as file:
+                for row, line in enumerate(file, start=1):
+                    if line.strip():
+                        try:
+                            _parse_json(line, parse)
+                            places.append((number, offset, len(line)))
+                        except ValueError as error:
+                            malformed.append(f"{path}:{row}: {error}")
+                    offset += len(line)
+        self._paths = tuple(paths)
+        self._parse = parse
+        self._places = np.asarray(places, np.int64).reshape(-1, 3)
+        self.malformed = tuple(malformed)
+        for line in malformed[:5]:
+            log.warning("left out a malformed line, %s", line)
+        total = len(places) + len(malformed)
+        if len(malformed) > max_malformed * total:
+            raise ValueError(
+                f"{len(malformed)} of {total} lines are malformed and at most {max_malformed:.2%} may be; "
+                f"repair the data, the first is {malformed[0]}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> T:
+        number, offset, size = self._places[index]
+        with self._paths[number].open("rb") as file:
+            file.seek(offset)
+            return _parse_json(file.read(size), self._parse)
+
+
+class Parquet(Generic[T]):
+    """The rows of Parquet files. They are held in memory as Arrow columns; a row becomes Python when asked for."""
+
+    malformed: tuple[str, ...] = ()  # a row that cannot be used is an error when asked for
+
+    def __init__(self, paths: Sequence[Path], parse: Callable[[Record], T]) -> None:
+        self._table = pyarrow.concat_tables([parquet.read_table(path) for path in paths], promote_options="default")
+        self._parse = parse
+        self._name = ", ".join(map(str, paths))
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: int) -> T:
+        (row,) = self._table.slice(index, 1).to_pylist()
+        try:
+            return self._parse({key: value for key, value in row.items() if value is not None})
+        except ValueError as error:
+            raise ValueError(f"row {index} of {self._name} cannot be used: {error}") from error
+
+
+class ArrayRecords(Generic[T]):
+    """The records of ArrayRecord files, each a JSON object, read when asked for."""
+
+    malformed: tuple[str, ...] = ()  # a record that cannot be used is an error when asked for
+
+    def __init__(self, paths: Sequence[Path], parse: Callable[[Record], T]) -> None:
+        self._source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+        self._parse = parse
+        self._name = ", ".join(map(str, paths))
+
+    def __len__(self) -> int:
+        return len(self._source)  # pyright: ignore[reportArgumentType] - its base class comes untyped
+
+    def __getitem__(self, index: int) -> T:
+        try:
+            return _parse_json(self._source[index], self._parse)
+        except ValueError as error:
+            raise ValueError(f"record {index} of {self._name} cannot be used: {error}") from error
+
+
+def read(
+    *paths: str | os.PathLike[str], parse: Callable[[Record], T] = conversation, max_malformed: float = 0.01
+) -> JsonLines[T] | Parquet[T] | ArrayRecords[T]:
+    """Open files of one format, told by their suffix: .jsonl, .parquet, .array_record (or .arrayrecord).
+
+    `parse` turns a record into what training wants, and raises ValueError for one that it cannot use. Malformed
+    lines of JSON are left out, named and counted; more than `max_malformed` of them, or no record at all, are an error.
+    """
+    files = [Path(path) for path in paths]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no file {file}; check the path")
+    suffixes = {file.suffix for file in files}
+    if suffixes == {".jsonl"}:
+        records = JsonLines(files, parse, max_malformed)
+    elif suffixes == {".parquet"}:
+        records = Parquet(files, parse)
+    elif suffixes and suffixes <= {".array_record", ".arrayrecord"}:
+        records = ArrayRecords(files, parse)
+    else:
+        raise ValueError(
+            f"the files end in {sorted(suffixes)}; give files of one kind: .jsonl, .parquet or .array_record"
+        )
+    if len(records) == 0:
+        raise ValueError(f"there is no record in {', '.join(map(str, files))}; give files with at least one")
+    return records
+
+
+def shuffled(items: Indexable[T], *, seed: int | str) -> Indexable[T]:
+    """An endless sequence over `items` in which each epoch is another permutation.
+
+    `shuffled(items, seed=s)[i]` depends on s and i alone, so a run resumes from the integer i. Works for files, for
+    task sources, for lists.
+    """
+    if len(items) == 0:
+        raise ValueError("there is nothing to shuffle; give at least one item")
+    # grain gives epoch e of seed s the order of epoch 0 of seed s + e: hashed, so that other seeds are other orders.
+    folded = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "little")
+    source = cast("Sequence[T]", items)  # grain asks for a length and items alone
+    return cast("Indexable[T]", grain.MapDataset.source(source).shuffle(seed=folded).repeat())
+
+
+def batches(
+    items: Indexable[T], *, size: int, start: int = 0, process_index: int = 0, process_count: int = 1
+) -> Iterator[tuple[int, list[T]]]:
+    """This host's share of one global batch of `size` items after another, each with the cursor to resume from.
+
+    The batch that begins at cursor c is items c..c+size-1, and the hosts hold equal consecutive parts of it: whatever
+    their number, together they see the same items in the same order. Ends where `items` does.
+    """
+    if size % process_count:
+        raise ValueError(f"a batch of {size} items cannot be split evenly over {process_count} hosts; change its size")
+    part = size // process_count
+    for cursor in range(start, len(items) - size + 1, size):
+        first = cursor + process_index * part
+        yield cursor + size, [items[index] for index in range(first, first + part)]
+
+
+def _parse_json(text: bytes, parse: Callable[[Record], T]) -> T:
+    try:
+        record = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"it is a {type(record).__name__} and not an object")
+    return parse(record)
