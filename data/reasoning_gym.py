@@ -10,7 +10,7 @@ from typing import Any
 from .task import Task, Verdict
 from .tasks import build_task, check_index, prompt_messages
 from .verify.guard import gold, refusal
-from .verify.maths import boxed
+from .verify.maths import boxed, final_number
 
 try:
     import reasoning_gym
@@ -19,19 +19,28 @@ except ImportError as error:
 
 ANSWER_TAGS = "Give the final answer inside <answer> and </answer>."
 AUDITED_ITEMS = 3
-GARBAGE = "zxqj garbage answer"
+JUNK = ("zxqj garbage answer", "", "0", "31337", "nan", "True", "no", "[]")
 
-# Items differ between two processes with the same seed (60 items, two string hash seeds, reasoning-gym 0.1.25).
-UNSTABLE = (
-    "codeio",
-    "intermediate_integration",
-    "isomorphic_strings",
-    "knight_swap",
-    "list_functions",
-    "polynomial_multiplication",
-    "ransom_note",
-    "word_ladder",
-)
+_UNSTABLE = "its items differ between processes with the same seed"
+# Found with reasoning-gym 0.1.25: 60 items, two string hash seeds; and every item's answer given to every other item.
+REFUSED = {
+    "codeio": _UNSTABLE,
+    "intermediate_integration": _UNSTABLE,
+    "isomorphic_strings": _UNSTABLE,
+    "knight_swap": _UNSTABLE,
+    "list_functions": _UNSTABLE,
+    "polynomial_multiplication": _UNSTABLE,
+    "ransom_note": _UNSTABLE,
+    "word_ladder": _UNSTABLE,
+    "puzzle24": "its scorer does not look at which numbers an answer uses",
+    "composite": "it only combines other generators: use a Mixture",
+}
+
+# Their scorers hand the answer to eval() or to sympy.parse_expr(), which is eval() too.
+EVALUATED = ("binary_matrix", "countdown", "n_queens", "simple_integration", "spiral_matrix", "string_insertion")
+_FUNCTION = re.compile(r"\b(?:sin|cos|tan|exp|log|ln|sqrt)\s*(?=\()")
+# Without calls, attributes and dunders an expression can cost time and memory, which the pool bounds, and nothing else.
+_UNSAFE = re.compile(r"""[^\x00-\x7f]|\\|__|\.\s*[A-Za-z_]|[\w\])}'"]\s*\(""")
 
 _CONCLUSION = re.compile(r"\banswer(?:\s+is)?\s*[:=]?\s*(?=\S)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.])-?[0-9]+(?:\.[0-9]+)?(?![\w]|\.[0-9])")
@@ -53,6 +62,8 @@ class ReasoningGymScore:
             return refused
         expected = gold(task)
         answer = extracted_answer(response, expected)
+        if self.name in EVALUATED and _UNSAFE.search(_FUNCTION.sub("", answer)):
+            return Verdict(0.0, f"answered {answer[:40]!r}, which the scorer would evaluate as code")
         score = float(_dataset(self.name, self.config).score_answer(answer, dict(task.metadata["entry"])))
         if score >= 1.0 - 1e-6:
             return Verdict(1.0, "correct")
@@ -63,9 +74,9 @@ class ReasoningGymScore:
 class ReasoningGym:
     """`size` tasks of the reasoning-gym generator `name`, with its `config` (the generator's own settings).
 
-    `suffix` is put under every question, for instance ANSWER_TAGS. Refused with the reason: a generator that is not
-    known, whose items differ between processes, that gives no reference answer, or whose scorer fails an audit on the
-    first items (full marks for the reference answer, not for garbage, blanks or the question itself).
+    `suffix` is put under every question, for instance ANSWER_TAGS. A ValueError refuses a generator that is not known,
+    that is known to be broken (`REFUSED`), that gives no reference answer, or whose scorer fails an audit on the first
+    items: full marks for the reference answer, not for junk or for the question itself.
     """
 
     name: str
@@ -78,8 +89,8 @@ class ReasoningGym:
     def __post_init__(self):
         if self.name not in reasoning_gym.factory.DATASETS:
             raise ValueError(f"reasoning-gym {reasoning_gym.__version__} has no generator {self.name!r}")
-        if self.name in UNSTABLE:
-            raise ValueError(f"the generator {self.name!r} gives other items in every process: choose another")
+        if self.name in REFUSED:
+            raise ValueError(f"the generator {self.name!r} cannot be used: {REFUSED[self.name]}")
         if self.size < 1:
             raise ValueError(f"ReasoningGym needs a size of at least 1, got {self.size}")
         if {"size", "seed"} & set(self.config):
@@ -138,15 +149,20 @@ def _audit(task: Task, name: str) -> None:
     scorer = task.verifier
     if not task.answer.strip() or scorer(task, task.answer).score != 1.0:
         raise ValueError(f"the scorer of {name!r} does not accept its own reference answer {task.answer[:80]!r}")
-    for junk in (GARBAGE, "", "0 0 0", "True", str(task.messages[-1]["content"])):
-        if junk.strip() == task.answer.strip():
+    for junk in (*JUNK, str(task.messages[-1]["content"])):
+        if _same(junk, task.answer):
             continue
         try:
             score = scorer(task, junk).score
-        except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, AttributeError):
+        except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, AttributeError, SyntaxError):
             continue  # a scorer that raises is an error verdict of 0 in the pool
         if score == 1.0:
             raise ValueError(f"the scorer of {name!r} gives full marks to {junk[:40]!r}, expected {task.answer[:40]!r}")
+
+
+def _same(junk: str, answer: str) -> bool:
+    number = final_number(junk)
+    return junk.casefold() == answer.strip().casefold() or (number is not None and number == final_number(answer))
 
 
 @lru_cache(maxsize=16)

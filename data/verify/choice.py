@@ -49,9 +49,8 @@ def chosen_letter(response: str, letters: str = "ABCD") -> str | None:
         match = re.fullmatch(rf"\(?([{letters}])[).]?", re.sub(r"\\text|[{}\s]", "", content))
         return match[1] if match else None
     text = re.sub(r"[*_`]", "", response).strip()
-    stated = set(
-        re.findall(rf"\b(?i:answer|choice)(?:\s+(?i:is))?\s*:?\s*\(?([{letters}])(?![\w']){_NO_ARTICLE}", text)
-    )
+    committed = rf"([{letters}])(?![\w']){_NO_ARTICLE}(?!\s*(?:or|and|,|/)\s*\(?[{letters}]\b)"
+    stated = set(re.findall(rf"\b(?i:answer|choice)(?:\s+(?i:is))?\s*:?\s*\(?{committed}", text))
     if stated:
         return stated.pop() if len(stated) == 1 else None
     if re.fullmatch(rf"\(?[{letters}][).:]?", text, re.I):

@@ -179,6 +179,7 @@ class _Worker:
         path = "\n".join(os.path.abspath(entry) for entry in sys.path)
         boot = BOOT.format(module=worker.__name__)
         self._ready = False
+        self._exit_code: int | None = None
         self._buffer = b""
         try:
             self._process = subprocess.Popen(
@@ -229,13 +230,13 @@ class _Worker:
 
     def kill(self) -> int:
         """End the worker and whatever it started; its exit code, which is its own where it had already ended."""
-        if self._process.returncode is None:
+        if self._exit_code is None:
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            self._exit_code = self._process.wait()
             self._stdin.close()
             self._stdout.close()
             os.close(self._lifeline)
-        return self._process.returncode
+        return self._exit_code
 
 
 def _wait(descriptor: int, event: int, deadline: float) -> None:

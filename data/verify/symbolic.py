@@ -39,7 +39,7 @@ class MathVerify:
         found = _parsed(candidate)
         if not found:
             return Verdict(0.0, "no formula in the final answer")
-        if math_verify.verify(expected, found, timeout_seconds=None):
+        if math_verify.verify(expected, found, timeout_seconds=0):
             return Verdict(1.0, "correct")
         return Verdict(0.0, f"answered {candidate[:40]}, expected {gold(task)[:40]}")
 
@@ -62,4 +62,5 @@ def _parsed(answer: str) -> list:
     answer = answer.replace("\\$", "")  # the dollar of a price
     is_sentence = _WORD.search(re.sub(r"\\[a-zA-Z]+(\{[a-zA-Z ]*\})?", "", answer))
     has_latex = "$" in answer or "\\(" in answer or "\\[" in answer
-    return math_verify.parse(answer if is_sentence or has_latex else f"\\boxed{{{answer}}}", parsing_timeout=None)
+    text = answer if is_sentence or has_latex else f"\\boxed{{{answer}}}"
+    return math_verify.parse(text, parsing_timeout=0)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from ..task import Task, Verdict
 from .guard import gold, refusal
 
+_QUOTES = " \"'`\u201c\u201d\u2018\u2019"
+
 
 @dataclass(frozen=True)
 class ExactText:
-    """1 where the response is the task's answer, up to case, spacing, surrounding quotes and a final period; else 0."""
+    """1 where the response is the task's answer, up to case, spacing, quotes around it and final periods; else 0."""
 
     def __call__(self, task: Task, response: str) -> Verdict:
         refused = refusal(task, response)
@@ -21,6 +23,6 @@ class ExactText:
 
 
 def normalised(text: str) -> str:
-    """Case folded, Unicode NFKC, runs of blanks as one, without surrounding quotes and a final period."""
+    """Case folded, Unicode NFKC, runs of blanks as one, without quotes around it and final periods."""
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return text.strip("\"'`\u201c\u201d\u2018\u2019").removesuffix(".").strip()
+    return text.lstrip(_QUOTES).rstrip(_QUOTES + ".")
