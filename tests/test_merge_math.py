@@ -9,7 +9,10 @@ import pytest
 
 from posttrain.train import merge_math
 
-BASE, A, B, C = (jax.random.normal(jax.random.key(i), (6, 5)) for i in range(4))
+BASE, A, B, C = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 5)), jnp.float32)
+ties = jax.jit(merge_math.ties, static_argnames=("density", "scale"))
+trim = jax.jit(merge_math.trim, static_argnames="density")
+dare = jax.jit(merge_math.dare, static_argnames=("drop", "weights", "scale"))
 KEY = jax.random.key(7)
 
 
@@ -94,75 +97,76 @@ def test_ties_by_hand():
     x = base + jnp.array([3.0, 0.1, 0.2, 2.0])
     y = base + jnp.array([-1.0, 0.1, 0.2, -2.0])
     z = base + jnp.array([1.0, 0.3, 4.0, 0.2])
-    np.testing.assert_allclose(merge_math.ties(base, [x, y, z], density=0.5), [1 + 2.0, 1, 1 + 4.0, 1], rtol=1e-6)
-    np.testing.assert_allclose(merge_math.ties(base, [x, y, z], density=0.5, scale=0.5), [2.0, 1, 3.0, 1], rtol=1e-6)
+    np.testing.assert_allclose(ties(base, [x, y, z], density=0.5), [1 + 2.0, 1, 1 + 4.0, 1], rtol=1e-6)
+    np.testing.assert_allclose(ties(base, [x, y, z], density=0.5, scale=0.5), [2.0, 1, 3.0, 1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("density", [0.2, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("density", [0.2, 0.9])
 def test_ties_equals_numpy(density):
     expected = numpy_ties(BASE, [A, B, C], density, 0.8)
-    np.testing.assert_allclose(merge_math.ties(BASE, [A, B, C], density=density, scale=0.8), expected, atol=1e-6)
+    np.testing.assert_allclose(ties(BASE, [A, B, C], density=density, scale=0.8), expected, atol=1e-6)
 
 
 def test_ties_of_one_whole_model_returns_it():
-    np.testing.assert_allclose(merge_math.ties(BASE, [A], density=1.0), A, atol=1e-6)
+    np.testing.assert_allclose(ties(BASE, [A], density=1.0), A, atol=1e-6)
     base, model = BASE.astype(jnp.bfloat16), A.astype(jnp.bfloat16)
-    np.testing.assert_array_equal(merge_math.ties(base, [model], density=1.0), model)
+    np.testing.assert_array_equal(ties(base, [model], density=1.0), model)
 
 
 def test_ties_gives_up_entries_whose_signs_cancel():
     x, y = BASE + 0.5, BASE - 0.5
     exact = (jnp.round(BASE * 8) / 8, jnp.round(BASE * 8) / 8 + 0.5, jnp.round(BASE * 8) / 8 - 0.5)
-    np.testing.assert_array_equal(merge_math.ties(exact[0], exact[1:], density=1.0), exact[0])
-    assert float(jnp.abs(merge_math.ties(BASE, [x, x, y], density=1.0) - x).max()) < 1e-6
+    np.testing.assert_array_equal(ties(exact[0], exact[1:], density=1.0), exact[0])
+    assert float(jnp.abs(ties(BASE, [x, x, y], density=1.0) - x).max()) < 1e-6
 
 
-@pytest.mark.parametrize("density", [0.01, 0.2, 0.37, 0.999])
-@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("density", [0.01, 0.37])
+@pytest.mark.parametrize("size", [1, 1000])
 def test_trimming_keeps_the_largest_entries_that_a_sort_would_keep(density, size):
-    tau = jax.random.normal(KEY, (size,)) * jnp.exp(5 * jax.random.normal(KEY, (size,)))
+    rng = np.random.default_rng(size)
+    tau = jnp.asarray(rng.normal(size=size) * np.exp(5 * rng.normal(size=size)), jnp.float32)
     kept = max(1, round(density * size))
     threshold = np.sort(np.abs(tau))[-kept]
-    np.testing.assert_array_equal(merge_math.trim(tau, density=density), np.where(np.abs(tau) >= threshold, tau, 0.0))
+    np.testing.assert_array_equal(trim(tau, density=density), np.where(np.abs(tau) >= threshold, tau, 0.0))
 
 
 def test_a_sparse_task_vector_is_kept_whole():
     tau = jnp.array([0.0, 0.0, 0.0, 1.0, -2.0, 0.0])
-    np.testing.assert_array_equal(merge_math.trim(tau, density=0.5), tau)
+    np.testing.assert_array_equal(trim(tau, density=0.5), tau)
 
 
 def test_stacked_layers_are_trimmed_by_themselves_under_vmap():
     """One layer moved far more than the other: trimmed together, the quiet layer would lose everything."""
     base = jnp.zeros((2, 4))
     leaf = jnp.array([[1.0, 2.0, 3.0, 4.0], [100.0, 200.0, 300.0, 400.0]])
-    merged = jax.vmap(partial(merge_math.ties, density=0.5))(base, [leaf])
+    merged = jax.vmap(partial(ties, density=0.5))(base, [leaf])
     assert merged.tolist() == [[0, 0, 3, 4], [0, 0, 300, 400]]
-    assert merge_math.ties(base, [leaf], density=0.5).tolist() == [[0, 0, 0, 0], [100, 200, 300, 400]]
+    assert ties(base, [leaf], density=0.5).tolist() == [[0, 0, 0, 0], [100, 200, 300, 400]]
 
 
 def test_dare_drops_the_share_asked_for_and_has_the_task_vector_as_its_mean():
     base, leaf = jnp.zeros(20_000), jnp.full(20_000, 2.0)
-    once = np.asarray(merge_math.dare(base, [leaf], drop=0.3, key=KEY))
+    once = np.asarray(dare(base, [leaf], drop=0.3, key=KEY))
     assert set(np.unique(once)) == {0.0, np.float32(2 / 0.7)}
     assert np.mean(once == 0) == pytest.approx(0.3, abs=0.02)
     keys = jax.random.split(KEY, 4000)
-    many = jax.jit(jax.vmap(lambda key: merge_math.dare(BASE, [A, B], drop=0.3, key=key, weights=(1.0, 0.5))))(keys)
+    many = jax.jit(jax.vmap(lambda key: dare(BASE, [A, B], drop=0.3, key=key, weights=(1.0, 0.5))))(keys)
     expected = np.asarray(BASE + (A - BASE) + 0.5 * (B - BASE))
     error = np.std(np.asarray(many), axis=0) / np.sqrt(len(keys))
     np.testing.assert_array_less(np.abs(np.mean(np.asarray(many, np.float64), axis=0) - expected), 5 * error + 1e-6)
 
 
 def test_dare_repeats_with_its_key_and_masks_models_independently():
-    dare = partial(merge_math.dare, BASE, drop=0.5)
-    np.testing.assert_array_equal(dare([A, B], key=KEY), dare([A, B], key=KEY))
-    assert not np.array_equal(dare([A, B], key=KEY), dare([A, B], key=jax.random.key(8)))
-    difference = merge_math.dare(jnp.zeros(99), [jnp.ones(99), -jnp.ones(99)], drop=0.5, key=KEY)
+    merge = partial(dare, BASE, drop=0.5)
+    np.testing.assert_array_equal(merge([A, B], key=KEY), merge([A, B], key=KEY))
+    assert not np.array_equal(merge([A, B], key=KEY), merge([A, B], key=jax.random.key(8)))
+    difference = dare(jnp.zeros(99), [jnp.ones(99), -jnp.ones(99)], drop=0.5, key=KEY)
     assert set(np.unique(difference)) == {-2.0, 0.0, 2.0}
 
 
 def test_dare_without_drops_is_task_arithmetic():
     np.testing.assert_array_equal(
-        merge_math.dare(BASE, [A, B], drop=0.0, key=KEY, scale=0.5), merge_math.task_arithmetic(BASE, [A, B], scale=0.5)
+        dare(BASE, [A, B], drop=0.0, key=KEY, scale=0.5), merge_math.task_arithmetic(BASE, [A, B], scale=0.5)
     )
 
 
@@ -172,8 +176,8 @@ def every_merge(base, leaves):
         "slerp": merge_math.slerp(leaves[0], leaves[1], 0.4, base=base),
         "raw slerp": merge_math.slerp(leaves[0], leaves[1], 0.4),
         "task_arithmetic": merge_math.task_arithmetic(base, leaves, scale=0.5),
-        "ties": merge_math.ties(base, leaves, density=0.5),
-        "dare": merge_math.dare(base, leaves, drop=0.2, key=KEY),
+        "ties": ties(base, leaves, density=0.5),
+        "dare": dare(base, leaves, drop=0.2, key=KEY),
     }
 
 
@@ -198,9 +202,9 @@ def test_merges_of_equal_models_return_the_model():
         (lambda: merge_math.linear([A, B], (1.0, -1.0)), "sum to 0"),
         (lambda: merge_math.linear([A, B], (1.0, 1.0, 1.0)), "3 merge weights for 2 models"),
         (lambda: merge_math.linear([], ()), "no model to merge"),
-        (lambda: merge_math.ties(BASE[:1], [A], density=1.0), "cannot be merged"),
-        (lambda: merge_math.ties(BASE, [A], density=0.0), "density=0.0"),
-        (lambda: merge_math.dare(BASE, [A], drop=1.0, key=KEY), "drop=1.0"),
+        (lambda: ties(BASE[:1], [A], density=1.0), "cannot be merged"),
+        (lambda: ties(BASE, [A], density=0.0), "density=0.0"),
+        (lambda: dare(BASE, [A], drop=1.0, key=KEY), "drop=1.0"),
         (lambda: merge_math.task_arithmetic(BASE, []), "no model to merge"),
     ],
 )

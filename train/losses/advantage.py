@@ -1,7 +1,7 @@
 """Advantages: how much better an answer was than the others to the same prompt.
 
-Rewards are [P, G]: P prompts with G answers each. A group whose rewards are all equal has advantages of exactly 0, decided
-by max == min and not by a small standard deviation, which rounding would make a number other than 0.
+Rewards are [P, G]: P prompts with G answers each. A group whose rewards are all equal has advantages of exactly 0,
+decided by max == min and not by a small standard deviation, which rounding would make a number other than 0.
 """
 
 import jax.numpy as jnp

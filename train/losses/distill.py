@@ -1,9 +1,9 @@
 """Distillation losses, per token: the student learns the teacher's distribution on its own samples or on given text.
 
-Two families. From the *sampled token* alone (`sampled_token_advantage`, then any policy gradient or `mopd`): cheap, and its
-expectation over the sampled token is the exact gradient of the reverse KL. Over the *full vocabulary* (`reverse_kl`,
-`forward_kl`, `chunked_reverse_kl`): no sampling noise, but needs the teacher's logits or last hidden states.
-The teacher is a constant everywhere.
+Two families. From the *sampled token* alone (`sampled_token_advantage`, then any policy gradient or `mopd`): cheap, and
+its expectation over the sampled token is the exact gradient of the reverse KL. Over the *full vocabulary*
+(`reverse_kl`, `forward_kl`, `chunked_reverse_kl`): no sampling noise, but needs the teacher's logits or last hidden
+states. The teacher is a constant everywhere.
 """
 
 from functools import partial
@@ -40,9 +40,9 @@ def mopd(
 ) -> Float[Array, "*S"]:
     """Multi-teacher on-policy distillation: -w A log pi with w = pi / mu where it lies in [low, high], else 0.
 
-    w is the *current* policy over the sampler mu, a constant. The advantage is `sampled_token_advantage` from the teacher
-    of the sample's domain, which may have an outcome advantage added. Reduce it by `masked.per_sequence` weights.
-    MiMo-V2-Flash, https://arxiv.org/abs/2601.02780, eq. 7 and 8; [low, high] is not published there.
+    w is the *current* policy over the sampler mu, a constant. The advantage is `sampled_token_advantage` from the
+    teacher of the sample's domain, which may have an outcome advantage added. Reduce it by `masked.per_sequence`
+    weights. MiMo-V2-Flash, https://arxiv.org/abs/2601.02780, eq. 7 and 8; [low, high] is not published there.
     """
     weight = mismatch.masked_importance_weight(logp, behavior_logp, low=low, high=high)
     return -weight * lax.stop_gradient(advantage.astype(jnp.float32)) * logp.astype(jnp.float32)
@@ -76,13 +76,13 @@ def chunked_reverse_kl(
 ) -> Float[Array, "*S"]:
     """KL(student || teacher) from last hidden states and heads, without ever holding an [S, V] array.
 
-    Equals `reverse_kl(student_hidden @ student_head, teacher_hidden @ teacher_head)` in value and gradient. It walks the
-    vocabulary `chunk` columns at a time, once forwards and once more backwards, so memory is a few [S, chunk] arrays.
-    Logits and sums are float32 whatever the inputs are; gradients have the inputs' dtypes. Only the student gets them: the
-    teacher is a constant. On accelerators the matmuls follow `jax_default_matmul_precision`.
+    Equals `reverse_kl(student_hidden @ student_head, teacher_hidden @ teacher_head)` in value and gradient. It walks
+    the vocabulary `chunk` columns at a time, once forwards and once more backwards, so memory is a few [S, chunk]
+    arrays. Logits and sums are float32 whatever the inputs are; gradients have the inputs' dtypes. Only the student
+    gets them: the teacher is a constant. On accelerators the matmuls follow `jax_default_matmul_precision`.
 
-    Give `vocab_shards` the number of devices that the heads' vocabulary axis is split over. Each then walks its own columns
-    and the partial results meet once at the end; with 1, every chunk would be fetched from the device that has it.
+    Give `vocab_shards` the number of devices that the heads' vocabulary axis is split over. Each then walks its own
+    columns and the partial results meet once at the end; with 1, every chunk is fetched from the device that has it.
 
     The teacher's hidden states are what DeepSeek-V4 stores, https://arxiv.org/abs/2606.19348, section 5.2.2.
     Raises ValueError if the heads' vocabularies differ, `chunk` < 1, or `vocab_shards` does not divide the vocabulary.
@@ -90,8 +90,8 @@ def chunked_reverse_kl(
     vocab = student_head.shape[1]
     if teacher_head.shape[1] != vocab:
         raise ValueError(
-            f"The student's vocabulary has {vocab} tokens and the teacher's {teacher_head.shape[1]}; a full-vocabulary KL "
-            "needs the same tokenizer and the same padding of both heads."
+            f"The student's vocabulary has {vocab} tokens and the teacher's {teacher_head.shape[1]}; a full-vocabulary "
+            "KL needs the same tokenizer and the same padding of both heads."
         )
     if vocab_shards < 1 or vocab % vocab_shards:
         raise ValueError(

@@ -1,8 +1,8 @@
 """Estimates of KL(policy || reference) from the sampled tokens alone, one value per token.
 
-With l = log reference - log policy at a token that the policy sampled, k1 and k3 are unbiased estimates of the KL and k2
-has little bias (http://joschu.net/blog/kl-approx.html). As *loss terms* they are another matter, for sampling passes no
-gradient:
+With l = log reference - log policy at a token that the policy sampled, k1 and k3 are unbiased estimates of the KL and
+k2 has little bias (http://joschu.net/blog/kl-approx.html). As *loss terms* they are another matter, for sampling passes
+no gradient:
 
     k1                     expected gradient 0: useless. Use -k1 in the reward instead
     k2                     gradient of KL(policy || reference), on policy

@@ -43,9 +43,9 @@ def off_policy_sequence_mask(
     """V3.2: 0 for a sequence with a negative advantage that the policy has moved away from, else 1.
 
     `drift` is the sequence's mean of log sampler - log policy, that is `-masked.segment_mean(log_ratio(logp,
-    behavior_logp), mask, segments)` for packed rows or `-masked.sequence_mean(...)` for one sequence a row. It multiplies
-    the policy-gradient term and not the KL term. DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, section 3.1, which does
-    not publish `delta`: look at the distribution of `drift` first.
+    behavior_logp), mask, segments)` for packed rows or `-masked.sequence_mean(...)` for one sequence a row. The mask
+    multiplies the policy-gradient term and not the KL term. DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, section
+    3.1, which does not publish `delta`: look at the distribution of `drift` first.
     """
     dropped = (advantage < 0) & (drift > delta)
     return 1.0 - lax.stop_gradient(dropped.astype(jnp.float32))
