@@ -132,7 +132,9 @@ def test_a_plain_answer_on_the_topic_rarely_passes_so_there_is_something_to_lear
         source = Instructions(kinds=(kind,))
         topics = [source._prompts[index][2] for index in range(len(source))]
         for task, topic in zip(all_tasks(source), topics, strict=True):
-            passed[kind] += task.verifier(task, f"One is the {instruction_tasks.TOPICS[topic][0]}, for example.").score
+            passed[kind] += int(
+                task.verifier(task, f"One is the {instruction_tasks.TOPICS[topic][0]}, for example.").score
+            )
     assert {kind for kind, count in passed.items() if count > 0.5 * 200} == set()
 
 
