@@ -74,6 +74,11 @@ def read(path: Path | str, *, mesh: jax.sharding.Mesh | None = None) -> tuple[Mo
     return config, materialise(config, read_tensor, mesh=mesh)
 
 
+def read_config(path: Path | str) -> ModelConfig:
+    """Config of a GGUF file, without its weights. Errors as for `read`."""
+    return _config(*_open(Path(path)), Path(path))
+
+
 def halves(rows: np.ndarray, num_heads: int) -> np.ndarray:
     """Rows (head, pair, 2) of llama.cpp's interleaved rotary order back as (head, 2, pair)."""
     return rows.reshape(num_heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

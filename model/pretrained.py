@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from . import gguf, hf
+from . import gguf, hf, hf_config
 from .config import ModelConfig
 from .transformer import Params
 
@@ -50,3 +50,11 @@ def load(path_or_name: str | Path, *, mesh: jax.sharding.Mesh | None = None) -> 
     if path.suffix == ".gguf":
         return gguf.read(path, mesh=mesh)
     raise ValueError(f"{path} is neither a folder nor a .gguf file: give the folder with config.json, or a .gguf file")
+
+
+def read_config(path_or_name: str | Path) -> ModelConfig:
+    """Config of what `load` would load, without its weights."""
+    path = locate(path_or_name)
+    if path.is_dir():
+        return hf_config.read_config(path)
+    return gguf.read_config(path)

@@ -108,6 +108,31 @@ def bucket(size: int, *, minimum: int = 16) -> int:
     return value
 
 
+def programs(
+    config: ModelConfig, params: Any, sampling: Sampling, *, slots: int, group: int, prompt_tokens: int
+) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """The compiled programs of generation with abstract arguments: {name: (function, arguments)}.
+
+    Args:
+        config: the model's shape.
+        params: its abstract parameters, with shardings.
+        sampling: as for `generate`.
+        slots: answers decoded at a time.
+        group: samples per prompt.
+        prompt_tokens: length of the longest prompt.
+    """
+    width, capacity = bucket(prompt_tokens), bucket(sampling.max_tokens)
+    state = jax.eval_shape(partial(_start, config, sampling, slots, width + capacity, capacity, False))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    prompts = max(1, slots // group)
+    admitted = (ints((prompts, width)), ints((prompts,)), ints((prompts, group)), ints((prompts, group)))
+    return {
+        "prefill": (partial(_admit, config, sampling), (params, state, key, *admitted)),
+        "decode": (partial(_decode, config, sampling), (params, state, key, ints(()))),
+    }
+
+
 def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
     if len(sampling.stop_ids) > MAX_STOPS:
         raise ValueError(f"{len(sampling.stop_ids)} stop ids, at most {MAX_STOPS} are supported: {sampling.stop_ids}")

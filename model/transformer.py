@@ -28,7 +28,7 @@ def init(config: ModelConfig, key: Array) -> Params:
     x = jnp.zeros((1, 1, config.embed_dim), config.dtype)
 
     def layer(key: Array) -> Params:
-        return Block(config).init(key, x, None, 0, where)["params"]
+        return dict(Block(config).init(key, x, None, 0, where)["params"])
 
     ends = Ends(config).init(ends_key, one, method="embed")["params"]
     return {**ends, "layers": jax.vmap(layer)(jax.random.split(layers_key, config.num_layers))}
@@ -82,11 +82,16 @@ def apply(
         allowed = attention.segment_mask(segments)
     else:
         raise ValueError("apply needs `segments` (training) or `cache` (decoding) to know who attends to whom")
-    ends = {"params": {name: value for name, value in params.items() if name != "layers"}}
-    x = Ends(config).apply(ends, tokens, method="embed")
+    ends = {name: value for name, value in params.items() if name != "layers"}
+    x = _run(Ends(config), ends, tokens, method="embed")
     where = Where(positions, rope.angles(config, positions), allowed)
     x, cache = _layers(config, params["layers"], (x, cache), where)
-    return Ends(config).apply(ends, x, method="norm"), cache
+    return _run(Ends(config), ends, x, method="norm"), cache
+
+
+def _run(module: Any, params: Params, *args: Any, **kwargs: Any) -> Any:
+    """What a Flax module returns (which Flax types as any tree)."""
+    return module.apply({"params": params}, *args, **kwargs)
 
 
 def _layers(
@@ -95,7 +100,7 @@ def _layers(
     """All decoder layers: one scan over stacked weights, or one after the other over a tuple of them."""
 
     def block(x: Array, cache: Cache | None, index: Array | int, weights: Params) -> tuple[Array, Cache | None]:
-        return Block(config).apply({"params": weights}, x, cache, index, where)
+        return _run(Block(config), weights, x, cache, index, where)
 
     if isinstance(layers, tuple):
         for index, weights in enumerate(layers):
@@ -146,8 +151,9 @@ def token_logp(
     targets: Int[Array, "B T"],
     *,
     chunk: int = 1024,
+    temperature: float = 1.0,
 ) -> Float[Array, "B T"]:
-    """Log-probability of each target, float32.
+    """Log-probability of each target under softmax(logits / temperature), float32.
 
     Runs over slices of T so that at most about `chunk` rows of logits exist at a time, forward and backward; the
     backward pass computes them again.
@@ -160,7 +166,7 @@ def token_logp(
 
     @jax.checkpoint
     def piece(_: None, inputs: tuple[Array, Array]) -> tuple[None, Array]:
-        scores = logits(config, params, inputs[0])
+        scores = logits(config, params, inputs[0]) / temperature
         chosen = jnp.take_along_axis(scores, inputs[1][..., None], axis=-1)[..., 0]
         return None, chosen - jax.nn.logsumexp(scores, axis=-1)
 

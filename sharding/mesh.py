@@ -35,16 +35,12 @@ def make_mesh(
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
         named = dict(zip(rules.MESH_AXES, sizes, strict=True))
-        raise ValueError(
-            f"mesh {named} needs {math.prod(sizes)} devices, there are {len(devices)}: change the sizes"
-        )
+        raise ValueError(f"mesh {named} needs {math.prod(sizes)} devices, there are {len(devices)}: change the sizes")
     grid = np.asarray(devices).reshape(sizes)
     return Mesh(grid, rules.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def sharding(
-    axes: rules.LogicalAxes, shape: Sequence[int], mesh: Mesh
-) -> NamedSharding:
+def sharding(axes: rules.LogicalAxes, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """NamedSharding of one array with these logical axes."""
     return NamedSharding(mesh, rules.spec(axes, shape, mesh))
 
@@ -61,9 +57,7 @@ def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
         axes: a tree of tuples of logical names.
         shapes: the same tree with anything that has a `.shape` at its leaves.
     """
-    return jax.tree.map(
-        lambda leaf, names: sharding(names, leaf.shape, mesh), shapes, axes
-    )
+    return jax.tree.map(lambda leaf, names: sharding(names, leaf.shape, mesh), shapes, axes)
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
@@ -80,3 +74,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, rules.spec(axes, x.shape, mesh))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Number of parts that a batch's rows are split into."""
+    return math.prod(mesh.shape[axis] for axis in rules.RULES["batch"])

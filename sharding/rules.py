@@ -42,21 +42,15 @@ def spec(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
             f"logical axes {axes} do not fit an array of shape {tuple(shape)}: give one name per dimension"
         )
     used: set[str] = set()
-    entries = [
-        _entry(axis, size, mesh, used) for axis, size in zip(axes, shape, strict=True)
-    ]
+    entries = [_entry(axis, size, mesh, used) for axis, size in zip(axes, shape, strict=True)]
     return PartitionSpec(*entries)
 
 
-def _entry(
-    axis: str | None, size: int, mesh: Mesh, used: set[str]
-) -> tuple[str, ...] | None:
+def _entry(axis: str | None, size: int, mesh: Mesh, used: set[str]) -> tuple[str, ...] | None:
     if axis is None:
         return None
     if axis not in RULES:
-        raise ValueError(
-            f"unknown logical axis {axis!r}: the table in sharding/rules.py has {sorted(RULES)}"
-        )
+        raise ValueError(f"unknown logical axis {axis!r}: the table in sharding/rules.py has {sorted(RULES)}")
     chosen: list[str] = []
     for mesh_axis in RULES[axis]:
         parts = mesh.shape.get(mesh_axis, 1)

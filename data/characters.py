@@ -1,0 +1,63 @@
+"""Tasks on short strings of letters, for models made on the spot: copy, reverse, sort, ..."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from .task import Task, Verdict
+from .tasks import build_task, check_index
+
+OPERATIONS = {
+    "copy": lambda text: text,
+    "reverse": lambda text: text[::-1],
+    "sort": lambda text: "".join(sorted(text)),
+    "double": lambda text: "".join(letter * 2 for letter in text),
+    "rotate": lambda text: text[1:] + text[:1],
+}
+
+
+@dataclass(frozen=True)
+class SameText:
+    """The response must be the task's answer, apart from blanks around it."""
+
+    def __call__(self, task: Task, response: str) -> Verdict:
+        """1 if equal, else 0."""
+        given = response.strip()
+        return Verdict(1.0, "equal") if given == task.answer else Verdict(0.0, f"{given[:40]!r} is not the answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Characters:
+    """Every string of `length` letters of an alphabet of `letters`, in a seeded order, with one operation to do."""
+
+    operation: Literal["copy", "reverse", "sort", "double", "rotate"]
+    length: int = 3
+    letters: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.operation not in OPERATIONS:
+            raise ValueError(f"operation {self.operation!r} is none of {sorted(OPERATIONS)}")
+        if not 1 <= self.letters <= 26 or self.length < 1:
+            raise ValueError(f"letters is {self.letters} (1 to 26) and length {self.length} (at least 1)")
+
+    @property
+    def domain(self) -> str:
+        """The operation's name."""
+        return self.operation
+
+    def __len__(self) -> int:
+        return self.letters**self.length
+
+    def __getitem__(self, index: int) -> Task:
+        number = int(self._order[check_index(index, len(self))])
+        digits = [(number // self.letters**place) % self.letters for place in range(self.length)]
+        text = "".join(chr(ord("a") + digit) for digit in digits)
+        messages = ({"role": "user", "content": f"{self.operation} {text}"},)
+        return build_task(self.domain, messages, SameText(), answer=OPERATIONS[self.operation](text))
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        return np.random.default_rng(self.seed).permutation(len(self))

@@ -1,0 +1,119 @@
+"""Runs recipes: `run(name, stage)` trains a stage once, remembers its settings, and skips it when it is done."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from ..train.loop import check_stop
+
+
+class Stage(Protocol):
+    """A frozen dataclass of settings that can be trained."""
+
+    def train(self, out: Path, mesh: jax.sharding.Mesh | None = None) -> None:
+        """Do the work, going on from whatever `out` holds; the result is in `out`."""
+        ...
+
+    def programs(self, mesh: jax.sharding.Mesh) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+        """The programs that `train` runs, with abstract arguments."""
+        ...
+
+
+class Run(Protocol):
+    """What a recipe is given: call it with a name and a stage, get the path of the stage's folder."""
+
+    def __call__(self, name: str, stage: Stage, /) -> str: ...
+
+
+class SettingsChangedError(ValueError):
+    """A stage of this name was started with other settings; the message shows which."""
+
+
+class Training:
+    """The `run` that trains: stages one after the other under one folder.
+
+    A finished stage is skipped, an unfinished one goes on from its newest checkpoint, so running again resumes.
+    """
+
+    def __init__(self, out: Path, *, smoke: bool = False, mesh: jax.sharding.Mesh | None = None) -> None:
+        self.out, self.smoke, self.mesh = out, smoke, mesh
+
+    def __call__(self, name: str, stage: Stage) -> str:
+        """Train the stage unless it is done.
+
+        Raises:
+            SettingsChangedError: if the name stands for other settings already.
+            Interrupted: if a signal has asked to stop.
+        """
+        check_stop()
+        stage = shrunk(stage) if self.smoke else stage
+        folder = self.out / name
+        self._remember(folder, stage)
+        if not (folder / "DONE").exists():
+            start = time.time()
+            stage.train(folder, self.mesh)
+            (folder / "DONE").write_text(json.dumps({"seconds_of_last_run": round(time.time() - start, 1)}) + "\n")
+        return str(folder)
+
+    def _remember(self, folder: Path, stage: Stage) -> None:
+        now = json.loads(json.dumps(settings(stage)).replace(str(self.out), "OUT"))
+        path = folder / "stage.json"
+        if path.exists():
+            changes = differences(json.loads(path.read_text()), now)
+            if changes:
+                raise SettingsChangedError(
+                    f"{folder} was started with other settings ({'; '.join(changes)}): "
+                    "give another --out, restore the settings, or delete that folder"
+                )
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(now, indent=2) + "\n")
+        partial.rename(path)
+
+
+SMOKE = {"steps": 2, "limit": 4}
+"""What `--smoke` shrinks: fields of stages, and the most that they may then be."""
+
+
+def shrunk(stage: Any) -> Any:
+    """The stage with few steps and items, to see a recipe run from end to end."""
+    fields = {field.name for field in dataclasses.fields(stage)}
+    return dataclasses.replace(stage, **{k: min(v, getattr(stage, k)) for k, v in SMOKE.items() if k in fields})
+
+
+def settings(value: Any) -> Any:
+    """Plain JSON of a stage: nested dataclasses become objects that name their class."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: settings(vars(value)[field.name]) for field in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {str(key): settings(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [settings(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a stage's settings hold a {type(value).__name__} ({value!r}), which cannot be written as JSON")
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Where two settings differ, as `field: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            change
+            for key in keys
+            for change in differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [
+            change
+            for i, (a, b) in enumerate(zip(old, new, strict=True))
+            for change in differences(a, b, f"{where}[{i}]")
+        ]
+    return [] if old == new else [f"{where}: {old!r} -> {new!r}"]

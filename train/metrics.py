@@ -1,0 +1,107 @@
+"""What a stage writes down while it runs: metrics.jsonl, where the time went, and a progress bar."""
+
+import contextlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich.progress
+
+_COMPILE_EVENTS = ("/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration")
+_running: list["Log"] = []
+
+
+def _on_duration(event: str, duration: float, **_: Any) -> None:
+    if _running and event in _COMPILE_EVENTS:
+        _running[-1].add_compile(duration)
+
+
+jax.monitoring.register_event_duration_secs_listener(_on_duration)
+
+
+class Log:
+    """The record of one stage. A context manager: compilations that happen inside are charged to it.
+
+    metrics.jsonl has one line per step: the step, the stage's numbers, and `seconds` by phase since the line before.
+    When a run goes on from step n, lines past n are dropped first, so no step is counted twice.
+    """
+
+    def __init__(self, folder: Path, *, title: str, total: int, start: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._nested = 0.0
+        self._keep_until(start)
+        self._progress = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description:<24}"),
+            rich.progress.BarColumn(bar_width=24),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("eta"),
+            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.fields[note]}"),
+        )
+        self._task = self._progress.add_task(title, total=total, completed=start, note="")
+
+    def __enter__(self) -> "Log":
+        _running.append(self)
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        _running.remove(self)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Charge the wall time inside to `name`, less what phases and compilations inside it take."""
+        outer, self._nested = self._nested, 0.0
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - start
+            self.seconds[name] += max(took - self._nested, 0.0)
+            self._nested = outer + took
+
+    def add_compile(self, duration: float) -> None:
+        """Charge a compilation."""
+        self.seconds["compile"] += duration
+        self._nested += duration
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append the line of a step and move the bar to it."""
+        numbers = {name: _plain(value) for name, value in values.items()}
+        line = {"step": step, **numbers, "seconds": {k: round(v, 4) for k, v in self.seconds.items()}}
+        self.seconds.clear()
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = [name for name in ("reward", "kl", "loss") if name in numbers][:2]
+        note = "  ".join(f"{name} {numbers[name]:.3f}" for name in shown)
+        self._progress.update(self._task, completed=step, note=note)
+
+    def tick(self, completed: float, *, note: str = "") -> None:
+        """Move the bar without writing a line."""
+        self._progress.update(self._task, completed=completed, note=note)
+
+    def _keep_until(self, step: int) -> None:
+        if self.path.exists():
+            kept = [line for line in read(self.path) if line["step"] <= step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line torn by a kill is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    return float(value) if hasattr(value, "dtype") else value

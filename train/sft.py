@@ -1,0 +1,108 @@
+"""Supervised fine-tuning: raise the log-probability of the assistant's tokens in given conversations."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from ..data import chat
+from ..data.batch import Batch
+from ..data.conversations import Demonstrations, Files
+from ..data.pack import Example, pack
+from ..data.source import Shuffled
+from ..data.task import Message
+from ..data.tokenizer import Tokenizer
+from ..model import transformer
+from ..model.config import ModelConfig
+from ..sharding import mesh as meshes
+from . import checkpoint, loop, programs, state
+from .compute import Compute
+from .losses import masked, supervised
+from .metrics import Log
+from .optimizer import AdamW
+from .step import Loss, State, make_train_step
+from .updater import Updater, micro_batches
+
+
+def loss(config: ModelConfig) -> Loss:
+    """Cross-entropy of the masked targets: `loss(params, batch) -> (sum, weight, metrics)`."""
+
+    def compute(params: Any, batch: Any) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        hidden, _ = transformer.apply(
+            config, params, batch["tokens"], positions=batch["positions"], segments=batch["segments"]
+        )
+        logp = transformer.token_logp(config, params, hidden, batch["targets"])
+        return masked.sum(supervised.nll(logp), batch["mask"]), masked.weight(batch["mask"]), {}
+
+    return compute
+
+
+def train_step(config: ModelConfig, optimizer: optax.GradientTransformation, *, accumulate: int = 1) -> Callable:
+    """`step(state, batch) -> (state, metrics)`, pure; the batch holds tokens, targets, mask, segments, positions."""
+    return make_train_step(loss(config), optimizer, accumulate=accumulate)
+
+
+def batch(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], *, length: int) -> Batch:
+    """Conversations rendered, masked to the assistant's turns, and packed into rows of `length` tokens.
+
+    Raises:
+        ValueError: for a conversation longer than a row, or one in which the assistant says nothing.
+    """
+    examples = []
+    for conversation in conversations:
+        tokens, mask = chat.render_with_mask(tokenizer, conversation)
+        examples.append(Example(tokens=tokens, mask=mask))
+    return pack(examples, length=length).batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFT:
+    """Fine-tune `start` on conversations, `batch_size` of them a step."""
+
+    start: str
+    data: Files | Demonstrations
+    steps: int
+    batch_size: int = 32
+    optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=1e-5, schedule="cosine", final=0.1))
+    compute: Compute = field(default_factory=Compute)
+    seed: int = 0
+
+    def train(self, out: Path, mesh: jax.sharding.Mesh | None = None) -> None:
+        """Run to the end, from the newest checkpoint in `out`; the model is then in `out`/model."""
+        mesh = mesh or meshes.make_mesh()
+        model = checkpoint.open_model(self.start, mesh)
+        config = self.compute.configure(model.config)
+        conversations = Shuffled(self.data.open(), seed=self.seed)
+        optimizer = self.optimizer.build(self.steps)
+        updater = Updater(loss(config), optimizer, mesh)
+
+        def iterate(state: State, cursor: loop.Cursor, log: Log) -> tuple[State, loop.Cursor, Any]:
+            first = cursor["iteration"] * self.batch_size
+            with log.phase("data"):
+                chosen = [conversations[first + i] for i in range(self.batch_size)]
+                rows = batch(model.tokenizer, chosen, length=self.compute.row_tokens)
+            with log.phase("train"):
+                sums = None
+                for micro in micro_batches(rows, self.compute.rows(mesh), mesh):
+                    sums = updater.add(sums, state, micro)
+                state, metrics = updater.finish(state, sums)
+            return state, cursor, metrics
+
+        final = loop.run(
+            out,
+            title=out.name,
+            steps=self.steps,
+            save_every=self.compute.save_every,
+            fresh=lambda: state.create(model.params, optimizer, mesh),
+            abstract=state.abstract(model.config, optimizer, mesh),
+            iterate=iterate,
+        )
+        checkpoint.save_model(out / "model", checkpoint.Model(model.config, final.params, model.tokenizer))
+
+    def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
+        """The compiled programs of this stage and their abstract arguments."""
+        config = self.compute.configure(checkpoint.open_config(self.start))
+        return programs.training(loss(config), config, self.optimizer.build(self.steps), self.compute, mesh)
