@@ -1,0 +1,100 @@
+"""Sizes of the `mopd` recipe: which tasks, how many steps, which learning rates, for each base model."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...data.arithmetic import Arithmetic
+from ...data.characters import Characters
+from ...data.conversations import Demonstrations
+from ...data.instruction_tasks import Instructions
+from ...data.reasoning_gym import ReasoningGym
+from ...data.task import TaskSource
+from ...data.tasks import Mixture
+from ...model.processing import Sampling
+from ...train.compute import Compute
+from ...train.optimizer import AdamW
+from ...train.sft import SFT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Keyword arguments of the recipe's stages. `start` makes the starting model from the training tasks, if needed."""
+
+    domains: Mapping[str, TaskSource]
+    rl: Mapping[str, Any]
+    distill: Mapping[str, Mapping[str, Any]]
+    evaluate: Mapping[str, Any]
+    ties: Mapping[str, Any] = field(default_factory=dict)
+    mixture: int = 4096
+    start: Callable[[Mapping[str, TaskSource]], SFT] | None = None
+
+
+def _tiny_start(train: Mapping[str, TaskSource]) -> SFT:
+    tasks = Mixture(sources=tuple(train.values()), weights=(1.0,) * len(train), size=4096)
+    return SFT(
+        start="tiny",
+        data=Demonstrations(tasks=tasks),
+        steps=120,
+        batch_size=48,
+        optimizer=AdamW(learning_rate=3e-3, warmup_steps=10),
+        compute=TINY_COMPUTE,
+    )
+
+
+TINY_COMPUTE = Compute(row_tokens=256, micro_rows=8, slots=96, save_every=50)
+TINY_RL = {
+    "steps": 40,
+    "prompts": 16,
+    "group": 8,
+    "rounds": 1,
+    "sampling": Sampling(max_tokens=8),
+    "optimizer": AdamW(learning_rate=1e-3),
+    "compute": TINY_COMPUTE,
+}
+TINY_DISTILL = {
+    "steps": 40,
+    "prompts": 96,
+    "samples": 1,
+    "sampling": Sampling(max_tokens=8),
+    "optimizer": AdamW(learning_rate=2e-3),
+    "compute": TINY_COMPUTE,
+}
+TINY = Scale(
+    domains={name: Characters(operation=name) for name in ("reverse", "sort", "rotate")},
+    start=_tiny_start,
+    rl=TINY_RL,
+    distill={"full": TINY_DISTILL, "sampled": TINY_DISTILL},
+    evaluate={"limit": 96, "sampling": Sampling(max_tokens=8, temperature=0.0), "compute": TINY_COMPUTE},
+    ties={"density": 0.5},
+)
+
+SMOLLM2_COMPUTE = Compute(row_tokens=256, micro_rows=2, slots=64, save_every=10)
+SMOLLM2_RL = {
+    "steps": 16,
+    "prompts": 4,
+    "group": 8,
+    "rounds": 2,
+    "sampling": Sampling(max_tokens=16),
+    "optimizer": AdamW(learning_rate=1e-5),
+    "compute": SMOLLM2_COMPUTE,
+}
+SMOLLM2_DISTILL = {
+    "steps": 16,
+    "prompts": 24,
+    "samples": 1,
+    "sampling": Sampling(max_tokens=16),
+    "optimizer": AdamW(learning_rate=1e-5),
+    "compute": SMOLLM2_COMPUTE,
+}
+SMOLLM2 = Scale(
+    domains={
+        "arithmetic": Arithmetic(digits=1, operations=("+",)),
+        "instructions": Instructions(kinds=("capitals",)),
+        "reasoning": ReasoningGym(name="spell_backward", size=400, seed=0),
+    },
+    rl=SMOLLM2_RL,
+    distill={"full": SMOLLM2_DISTILL, "sampled": SMOLLM2_DISTILL},
+    evaluate={"limit": 64, "sampling": Sampling(max_tokens=16, temperature=0.0), "compute": SMOLLM2_COMPUTE},
+)
+SCALES = {"smollm2": SMOLLM2, "tiny": TINY}
