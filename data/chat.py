@@ -86,7 +86,12 @@ def _answers(
             continue
         before = _text(tokenizer, messages[:index], tools, True).text
         through = _text(tokenizer, messages[: index + 1], tools, False).text
-        if not (full.startswith(through) and through.startswith(before)):
+        if not through.startswith(before):
+            raise ValueError(
+                f"the chat template asks for an answer with {before[-40:]!r} and writes message {index} otherwise, "
+                "so that a sampler's prompt is not what was trained; use a template in which the two agree"
+            )
+        if not full.startswith(through):
             raise ValueError(
                 f"the chat template rewrites earlier turns (message {index} of {len(messages)} is rendered differently "
                 "when more follow), so that no single sequence holds what the model sees at each turn; give each "

@@ -111,6 +111,16 @@ def test_overlapping_names_of_control_tokens_stay_text():
         )
 
 
+def test_names_that_share_letters_stay_text():
+    backend = tokenizer.tiny().backend
+    backend.add_special_tokens(["ab", "bc", "cde"])
+    plain = dataclasses.replace(TINY, backend=backend, chat_template="{{ messages[0].content }}")
+    for text in ("abc", "abcde", "bcde", "aabbccde"):
+        tokens = chat.render(plain, [{"role": "user", "content": text}], add_generation_prompt=False)
+        assert plain.decode(tokens) == text
+        assert not set(tokens) & set(plain.special_tokens.values())
+
+
 def test_reasoning_marks_in_an_answer_are_their_tokens():
     messages = [DIALOGUE[1], {"role": "assistant", "content": "<think>hm</think>4"}]
     tokens, mask = chat.render_with_mask(TINY, messages)
@@ -140,6 +150,13 @@ def test_a_template_that_rewrites_earlier_turns_is_an_error():
         chat.render_with_mask(using(FORGETFUL), messages)
     tokens, mask = chat.render_with_mask(using(FORGETFUL), messages[:3])
     assert turns(tokens, mask) == ["<think>hm</think>4<|im_end|>"]
+
+
+def test_a_sampling_prompt_that_training_text_does_not_hold_is_an_error():
+    source = tokenizer.CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>{% endif %}")
+    assert source != tokenizer.CHATML
+    with pytest.raises(ValueError, match=r"asks for an answer with .*<think>' and writes message 2 otherwise"):
+        chat.render_with_mask(using(source), DIALOGUE)
 
 
 def test_training_on_nothing_is_an_error():

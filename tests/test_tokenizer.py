@@ -14,7 +14,14 @@ from transformers import AutoTokenizer
 from posttrain.data import chat, gguf_tokenizer, tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizer_smollm2.json").read_text(encoding="utf-8"))
-TEXTS = [*GOLDEN, "<|im_start|>user\nHi<|im_end|>", "<think>hm</think>", "12 apples, 345 pears", "<|im_end|><|im_end|>"]
+TEXTS = [
+    *GOLDEN,
+    "<|im_start|>user\nHi<|im_end|>",
+    "<think>hm</think>",
+    "zqx zqx",
+    "12 apples, 345 pears, 12345 zqx",
+    "<|im_end|><|im_end|>",
+]
 CORPUS = [
     "the cat sat on the mat and the dog's 12345 bones weren't 67 890",
     "<b>über</b> naïve\n\n\tdef f(x): return x",
@@ -43,21 +50,30 @@ FAMILIES = {
 
 
 def trained(family):
-    """A small byte-pair encoder of the family, and the lines of its merges."""
-    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=family == "llama-bpe"))
+    """A small byte-pair encoder of the family, and the lines of its merges.
+
+    The vocabulary has merges across digits and a word that no merges reach, so that how a family splits and
+    whether it looks words up first are seen in the tokens.
+    """
+    draft = tokenizers.Tokenizer(models.BPE())
+    draft.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = [tokenizers.AddedToken(name, special=True) for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    draft.train_from_iterator(CORPUS, trainer)
+    model = json.loads(draft.to_str())["model"]
+    vocab = model["vocab"] | {"zqx": len(model["vocab"])}
+    merges = [tuple(merge) for merge in model["merges"]]
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=family == "llama-bpe"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(FAMILIES[family])
     if family == "qwen2":
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
-    special = [tokenizers.AddedToken(name, special=True) for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(CORPUS, trainer)
+    backend.add_special_tokens(special)
     backend.add_tokens([tokenizers.AddedToken("<think>", special=False, normalized=False)])
-    merges = [" ".join(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
-    return backend, merges
+    return backend, [" ".join(merge) for merge in merges]
 
 
 def write_gguf(path, backend, merges, *, pre, model="gpt2"):
