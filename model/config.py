@@ -90,7 +90,8 @@ def from_json(path: Path) -> ModelConfig:
     fields = json.loads(path.read_text())
     scaling = fields.pop("rope_scaling")
     if scaling is not None:
-        scaling = RopeScaling(**{k: tuple(v) if isinstance(v, list) else v for k, v in scaling.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in scaling.items()}
+        scaling = RopeScaling(**values)
     return ModelConfig(**{**fields, "rope_scaling": scaling, "eos_ids": tuple(fields["eos_ids"])})
 
 

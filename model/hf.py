@@ -111,7 +111,7 @@ def save_hf(
             _move(partial, folder)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        gib = sum(math.prod(entry.theirs) for entry in plan.values()) * (2 if dtype == "bfloat16" else 4) / 2**30
+        gib = sum(math.prod(entry.shape) for entry in plan.values()) * (2 if dtype == "bfloat16" else 4) / 2**30
         code = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
         raise OSError(
             code,
@@ -172,7 +172,7 @@ def _split(plan: dict[str, Entry], item_bytes: int, shard_bytes: int) -> dict[st
     groups: list[list[str]] = [[]]
     size = 0
     for name, entry in plan.items():
-        bytes_ = math.prod(entry.theirs) * item_bytes
+        bytes_ = math.prod(entry.shape) * item_bytes
         if groups[-1] and size + bytes_ > shard_bytes:
             groups.append([])
             size = 0
@@ -188,8 +188,8 @@ def _host_tensor(params: Params, name: str, entry: Entry, dtype: str) -> np.ndar
     for key in entry.path:
         leaf = leaf[key]
     piece = leaf if entry.layer is None else leaf[entry.layer]
-    if isinstance(piece, jax.Array) and not piece.is_fully_addressable:
-        piece = jax.device_put(piece, meshes.replicated(piece.sharding.mesh)).addressable_data(0)
+    if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, jax.sharding.NamedSharding):
+        piece = jax.device_put(piece, meshes.replicated(leaf.sharding.mesh)).addressable_data(0)
     array = np.asarray(piece).astype(jnp.dtype(dtype))
     return np.ascontiguousarray(layout.to_file(entry.path[-1], array))
 
@@ -203,7 +203,7 @@ def _write_configs(
     write("config.json", to_fields(config, dtype))
     write("generation_config.json", {k: v for k, v in token_fields(config).items() if v is not None})
     if len(shards) > 1:
-        size = sum(math.prod(entry.theirs) for entry in plan.values()) * jnp.dtype(dtype).itemsize
+        size = sum(math.prod(entry.shape) for entry in plan.values()) * jnp.dtype(dtype).itemsize
         where = {name: file for file, names in shards.items() for name in names}
         write(INDEX, {"metadata": {"total_size": size}, "weight_map": where})
 

@@ -207,7 +207,9 @@ def _scaling(kind: Any, given: dict[str, Any], context: int, head_dim: int, path
                 raise ValueError(
                     f"{path}: {name} has {len(given[name])} entries, head_dim {head_dim} needs {head_dim // 2}"
                 )
-    numbers = {k: float(v) if isinstance(v, int) and not isinstance(v, bool) else v for k, v in given.items()}
+    numbers: dict[str, Any] = {
+        k: float(v) if isinstance(v, int) and not isinstance(v, bool) else v for k, v in given.items()
+    }
     return RopeScaling(kind=kind, original_context=original, **numbers)
 
 
