@@ -12,7 +12,7 @@ import numpy as np
 from .instruction_topics import TOPICS
 from .task import Task
 from .tasks import build_task, check_index, prompt_messages
-from .verify import constraints
+from .verify import constraints, formats
 from .verify.instructions import Constraint, Follow, describe, violations
 
 TRIED_WORDS = 12  # accepted answers tried for one that passes
@@ -52,14 +52,14 @@ KINDS: dict[str, tuple[Case, ...]] = {
         for phrase in ("Done.", "That is all.", "Thank you.", "The end.")
     ),
     "without_letter": tuple(Case(constraints.WithoutLetter(letter), str) for letter in "eaoi"),
-    "quotes": (Case(constraints.InDoubleQuotes(), '"{}"'.format),),
-    "brackets": (Case(constraints.InBrackets(), "[{}]".format),),
-    "bullets": (Case(constraints.BulletsExactly(2), "* {0}\n* {0}".format),),
-    "highlight": (Case(constraints.HighlightsAtLeast(1), "*{}*".format),),
-    "title": (Case(constraints.TitleInAngles(), "<<Answer>> {}".format),),
-    "json": (Case(constraints.JsonFormat(), lambda answer: json.dumps({"answer": answer})),),
-    "two_answers": (Case(constraints.TwoResponses(), "{} ****** I do not know".format),),
-    "postscript": (Case(constraints.Postscript(), "{}. P.S. I like it.".format),),
+    "quotes": (Case(formats.InDoubleQuotes(), '"{}"'.format),),
+    "brackets": (Case(formats.InBrackets(), "[{}]".format),),
+    "bullets": (Case(formats.BulletsExactly(2), "* {0}\n* {0}".format),),
+    "highlight": (Case(formats.HighlightsAtLeast(1), "*{}*".format),),
+    "title": (Case(formats.TitleInAngles(), "<<Answer>> {}".format),),
+    "json": (Case(formats.JsonFormat(), lambda answer: json.dumps({"answer": answer})),),
+    "two_answers": (Case(formats.TwoResponses(), "{} ****** I do not know".format),),
+    "postscript": (Case(formats.Postscript(), "{}. P.S. I like it.".format),),
 }
 ALL_KINDS = tuple(KINDS)
 

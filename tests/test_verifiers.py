@@ -8,7 +8,7 @@ import pytest
 from posttrain.data.instruction_tasks import ALL_KINDS, KINDS
 from posttrain.data.task import Task
 from posttrain.data.tasks import build_task, prompt_messages
-from posttrain.data.verify import constraints
+from posttrain.data.verify import constraints, formats
 from posttrain.data.verify.choice import Choice
 from posttrain.data.verify.instructions import Follow, FollowShare, describe, violations
 from posttrain.data.verify.maths import BoxedNumber, FinalNumber, boxed, final_number
@@ -229,28 +229,28 @@ EDGES = [
     (constraints.WithoutLetter("e"), ["fig"], ["PEAR", "pear", "!"]),
     (constraints.NoCommas(), ["fig"], ["a, b", "."]),
     (constraints.NoDigits(), ["fig"], ["1 fig", "-"]),
-    (constraints.InDoubleQuotes(), ['"fig"'], ["fig", '"fig', '"fig" "nut"', '""', '"', "'fig'", '"fig".']),
-    (constraints.InBrackets(), ["[fig]"], ["fig", "[fig", "[fig] [nut]", "[]", "[fig]."]),
+    (formats.InDoubleQuotes(), ['"fig"'], ["fig", '"fig', '"fig" "nut"', '""', '"', "'fig'", '"fig".']),
+    (formats.InBrackets(), ["[fig]"], ["fig", "[fig", "[fig] [nut]", "[]", "[fig]."]),
     (
-        constraints.BulletsExactly(2),
+        formats.BulletsExactly(2),
         ["* fig\n* nut", "Two:\n- fig\n - nut"],
         ["* fig", "* a\n* b\n* c", "fig * nut", "*fig\n*nut"],
     ),
     (
-        constraints.JsonFormat(),
+        formats.JsonFormat(),
         ['{"a": 1}', '```json\n{"a": 1}\n```'],
         ["{}", "[1]", "1", "fig", '{"a": 1} fig', "[" * 9999],
     ),
-    (constraints.TitleInAngles(), ["<<Fruit>> fig"], ["<<Fruit>>", "<Fruit> fig", "<<>> fig", "<<!>> fig"]),
+    (formats.TitleInAngles(), ["<<Fruit>> fig"], ["<<Fruit>>", "<Fruit> fig", "<<>> fig", "<<!>> fig"]),
     (
-        constraints.TwoResponses(),
+        formats.TwoResponses(),
         ["fig ****** nut", "fig\n******\nnut"],
         ["fig", "fig ****** fig", "a ****** b ****** c", "fig ******"],
     ),
-    (constraints.PlaceholdersAtLeast(2), ["[name] [town]"], ["[name]", "[] []", "name town"]),
-    (constraints.HighlightsAtLeast(1), ["a *fig*", "**fig** it is"], ["fig", "* fig", "**", "a * b * c"]),
-    (constraints.ParagraphsExactly(2), ["fig\n***\nnut"], ["fig", "fig *** nut", "fig\n***\n", "a\n***\nb\n***\nc"]),
-    (constraints.Postscript(), ["Fig. P.S. I like it."], ["fig", "P.S. fig", "fig P.S.", "fig p.s. nut"]),
+    (formats.PlaceholdersAtLeast(2), ["[name] [town]"], ["[name]", "[] []", "name town"]),
+    (formats.HighlightsAtLeast(1), ["a *fig*", "**fig** it is"], ["fig", "* fig", "**", "a * b * c"]),
+    (formats.ParagraphsExactly(2), ["fig\n***\nnut"], ["fig", "fig *** nut", "fig\n***\n", "a\n***\nb\n***\nc"]),
+    (formats.Postscript(), ["Fig. P.S. I like it."], ["fig", "P.S. fig", "fig P.S.", "fig p.s. nut"]),
     (constraints.CapitalWordsAtLeast(2), ["FIG and NUT"], ["FIG", "I A", "fig nut"]),
 ]
 
@@ -265,7 +265,9 @@ def test_a_constraint_holds_exactly_where_it_should(constraint, kept, broken):
 
 def test_every_constraint_is_tried_at_its_edges_and_describes_itself():
     tried = {type(constraint) for constraint, _, _ in EDGES}
-    written = {value for value in vars(constraints).values() if dataclasses.is_dataclass(value)}
+    written = {
+        value for module in (constraints, formats) for value in vars(module).values() if dataclasses.is_dataclass(value)
+    }
     assert tried == written and len(written) >= 12
     sentences = [constraint.describe() for constraint, _, _ in EDGES if not isinstance(constraint, constraints.OnTopic)]
     assert len(set(sentences)) == len(sentences)

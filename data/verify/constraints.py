@@ -1,11 +1,9 @@
-"""Demands on a response that a program can check: case, length, words, letters, format. Each says itself in a sentence.
+"""Demands on what a response says that a program can check: case, length, words, letters (`formats` has the layout).
 
-They judge what is written and nothing else, so that a response cannot argue. `holds` gets the response without blanks
-at its ends. A word is a run of letters, digits, apostrophes and hyphens; a sentence ends with . ! or ? before a blank
-or the end.
+Each says itself in a sentence. `holds` gets the response without blanks at its ends. A word is a run of letters,
+digits, apostrophes and hyphens; a sentence ends with . ! or ? before a blank or the end.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +22,8 @@ def sentences(text: str) -> list[str]:
     return [part for part in re.split(r"(?<=[.!?])[\"'\u201d)]*\s+", text.strip()) if words(part)]
 
 
-def _number(count: int, noun: str) -> str:
+def number_of(count: int, noun: str) -> str:
+    """ "three words", "one word": a count and a noun."""
     return f"{_COUNTS[count] if count < len(_COUNTS) else count} {noun}{'' if count == 1 else 's'}"
 
 
@@ -75,7 +74,7 @@ class WordsExactly:
     count: int
 
     def describe(self) -> str:
-        return f"Answer in exactly {_number(self.count, 'word')}."
+        return f"Answer in exactly {number_of(self.count, 'word')}."
 
     def holds(self, response: str) -> bool:
         return len(words(response)) == self.count
@@ -88,7 +87,7 @@ class WordsAtLeast:
     count: int
 
     def describe(self) -> str:
-        return f"Use at least {_number(self.count, 'word')}."
+        return f"Use at least {number_of(self.count, 'word')}."
 
     def holds(self, response: str) -> bool:
         return len(words(response)) >= self.count
@@ -101,7 +100,7 @@ class WordsAtMost:
     count: int
 
     def describe(self) -> str:
-        return f"Use at most {_number(self.count, 'word')}."
+        return f"Use at most {number_of(self.count, 'word')}."
 
     def holds(self, response: str) -> bool:
         return 0 < len(words(response)) <= self.count
@@ -114,7 +113,7 @@ class SentencesExactly:
     count: int
 
     def describe(self) -> str:
-        return f"Answer in exactly {_number(self.count, 'sentence')}."
+        return f"Answer in exactly {number_of(self.count, 'sentence')}."
 
     def holds(self, response: str) -> bool:
         return len(sentences(response)) == self.count and response.rstrip("\"'\u201d)")[-1:] in (".", "!", "?")
@@ -141,7 +140,7 @@ class KeywordAtLeast:
     count: int
 
     def describe(self) -> str:
-        return f"Use the word '{self.keyword}' at least {_number(self.count, 'time')}."
+        return f"Use the word '{self.keyword}' at least {number_of(self.count, 'time')}."
 
     def holds(self, response: str) -> bool:
         return _occurrences(response, self.keyword) >= self.count
@@ -209,7 +208,7 @@ class LetterAtLeast:
     count: int
 
     def describe(self) -> str:
-        return f"Use the letter '{self.letter}' at least {_number(self.count, 'time')}."
+        return f"Use the letter '{self.letter}' at least {number_of(self.count, 'time')}."
 
     def holds(self, response: str) -> bool:
         return response.lower().count(self.letter.lower()) >= self.count
@@ -251,141 +250,13 @@ class NoDigits:
 
 
 @dataclass(frozen=True)
-class InDoubleQuotes:
-    """One pair of double quotes around everything, none inside."""
-
-    def describe(self) -> str:
-        return "Put your whole answer in double quotation marks."
-
-    def holds(self, response: str) -> bool:
-        inside = response[1:-1]
-        return response[0] == response[-1] == '"' and '"' not in inside and bool(words(inside))
-
-
-@dataclass(frozen=True)
-class InBrackets:
-    """One pair of square brackets around everything, none inside."""
-
-    def describe(self) -> str:
-        return "Put your whole answer in square brackets."
-
-    def holds(self, response: str) -> bool:
-        return re.fullmatch(r"\[[^\[\]]*\]", response) is not None and bool(words(response))
-
-
-@dataclass(frozen=True)
-class BulletsExactly:
-    """That many lines that begin with '* ' or '- '."""
-
-    count: int
-
-    def describe(self) -> str:
-        return f"Write exactly {_number(self.count, 'bullet point')}, each on its own line beginning with '* '."
-
-    def holds(self, response: str) -> bool:
-        return len(re.findall(r"^\s*[*-] +\S", response, re.MULTILINE)) == self.count
-
-
-@dataclass(frozen=True)
-class JsonFormat:
-    """One JSON object that is not empty; a code fence around it is allowed."""
-
-    def describe(self) -> str:
-        return "Answer with a JSON object and nothing else."
-
-    def holds(self, response: str) -> bool:
-        fenced = re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", response, re.DOTALL)
-        try:
-            value = json.loads(fenced[1] if fenced else response)
-        except (ValueError, RecursionError):
-            return False
-        return isinstance(value, dict) and bool(value)
-
-
-@dataclass(frozen=True)
-class TitleInAngles:
-    """A title in <<...>>, and an answer beside it."""
-
-    def describe(self) -> str:
-        return "Give your answer a title in double angle brackets, such as <<my title>>."
-
-    def holds(self, response: str) -> bool:
-        match = re.search(r"<<([^<>\n]+)>>", response)
-        return match is not None and bool(words(match[1])) and bool(words(response.replace(match[0], "")))
-
-
-@dataclass(frozen=True)
-class TwoResponses:
-    """Two different answers with ****** between them."""
-
-    def describe(self) -> str:
-        return "Give two different answers, separated by six asterisks: ******"
-
-    def holds(self, response: str) -> bool:
-        parts = [part.strip() for part in response.split("******")]
-        return len(parts) == 2 and all(words(part) for part in parts) and parts[0].lower() != parts[1].lower()
-
-
-@dataclass(frozen=True)
-class PlaceholdersAtLeast:
-    """That many placeholders in square brackets or more."""
-
-    count: int
-
-    def describe(self) -> str:
-        return f"Include at least {_number(self.count, 'placeholder')} in square brackets, such as [name]."
-
-    def holds(self, response: str) -> bool:
-        return len(re.findall(r"\[[^\[\]\n]*\w[^\[\]\n]*\]", response)) >= self.count
-
-
-@dataclass(frozen=True)
-class HighlightsAtLeast:
-    """That many highlights with asterisks or more."""
-
-    count: int
-
-    def describe(self) -> str:
-        return f"Highlight at least {_number(self.count, 'part')} of your answer with asterisks, like *this*."
-
-    def holds(self, response: str) -> bool:
-        return len(re.findall(r"(?<!\*)\*{1,2}(?=\S)[^*\n]*\w[^*\n]*\*{1,2}(?!\*)", response)) >= self.count
-
-
-@dataclass(frozen=True)
-class ParagraphsExactly:
-    """That many paragraphs with lines of *** between them."""
-
-    count: int
-
-    def describe(self) -> str:
-        return f"Write exactly {_number(self.count, 'paragraph')}, separated by the line ***."
-
-    def holds(self, response: str) -> bool:
-        parts = re.split(r"\n\s*\*\*\*\s*\n", response)
-        return len(parts) == self.count and all(words(part) for part in parts)
-
-
-@dataclass(frozen=True)
-class Postscript:
-    """A 'P.S.' with words before and after it."""
-
-    def describe(self) -> str:
-        return "At the end, add a postscript that begins with 'P.S.'."
-
-    def holds(self, response: str) -> bool:
-        before, mark, after = response.rpartition("P.S.")
-        return bool(mark and words(before) and words(after))
-
-
-@dataclass(frozen=True)
 class CapitalWordsAtLeast:
     """That many words of two or more letters in capitals, or more."""
 
     count: int
 
     def describe(self) -> str:
-        return f"Write at least {_number(self.count, 'word')} in all capital letters."
+        return f"Write at least {number_of(self.count, 'word')} in all capital letters."
 
     def holds(self, response: str) -> bool:
         return sum(word.isupper() and len(word) > 1 for word in words(response)) >= self.count

@@ -1,7 +1,7 @@
 """Verifiers for instruction following: does the response keep every constraint that its prompt states.
 
 In the manner of IFEval (https://arxiv.org/abs/2311.07911), strict: the response is judged as it is, but for blanks at
-its ends. The constraints are in `constraints`; any object with `describe()` and `holds(response)` is one.
+its ends. The constraints are in `constraints` and `formats`; any object with `describe()` and `holds(response)` is one.
 """
 
 from collections.abc import Sequence
