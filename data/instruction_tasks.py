@@ -39,6 +39,7 @@ KINDS: dict[str, tuple[Case, ...]] = {
     "lowercase": (Case(constraints.AllLowercase(), str.lower),),
     "words_exactly": tuple(Case(constraints.WordsExactly(count), partial(_padded, count)) for count in (2, 3, 4, 5)),
     "words_at_least": tuple(Case(constraints.WordsAtLeast(count), _LONG.format) for count in (6, 8, 10)),
+    "words_at_most": tuple(Case(constraints.WordsAtMost(count), str) for count in (2, 3, 4)),
     "sentences": (Case(constraints.SentencesExactly(2), "{}. That is my answer.".format),),
     "keyword": tuple(
         Case(constraints.IncludeKeywords((word,)), f"{{}} {word}".format) for word in ("because", "today", "very", "my")
