@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from ..sharding import mesh as meshes
@@ -84,7 +85,8 @@ def save_hf(
     """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads: weights and both configs.
 
     Everything is first written beside the folder and then moved, so a failure leaves the folder as it was. Other files
-    in the folder (a tokenizer) stay. On several processes every one must call; process 0 writes.
+    in the folder (a tokenizer) stay. On several processes every one must call: process 0 writes, the others wait
+    for it.
 
     Raises:
         ValueError: if the parameters do not have the shapes that the config says.
@@ -103,12 +105,20 @@ def save_hf(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         for file, names in shards.items():
-            tensors = {name: _host_tensor(params, name, plan[name], dtype) for name in names}
+            tensors: dict[str, np.ndarray] = {}
+            for name in names:
+                tensor = _host_tensor(params, plan[name], dtype)
+                if writer:
+                    tensors[name] = tensor
             if writer:
                 save_file(tensors, partial / file, metadata={"format": "pt"})
         if writer:
             _write_configs(partial, config, dtype, shards, plan)
+            for file in shards:  # safetensors creates its files readable by their owner alone
+                shutil.copymode(partial / "config.json", partial / file)
             _move(partial, folder)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"saved {folder}")
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         gib = sum(math.prod(entry.shape) for entry in plan.values()) * (2 if dtype == "bfloat16" else 4) / 2**30
@@ -183,15 +193,22 @@ def _split(plan: dict[str, Entry], item_bytes: int, shard_bytes: int) -> dict[st
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
 
 
-def _host_tensor(params: Params, name: str, entry: Entry, dtype: str) -> np.ndarray:
+def _host_tensor(params: Params, entry: Entry, dtype: str) -> np.ndarray:
     leaf: Any = params
     for key in entry.path:
         leaf = leaf[key]
     piece = leaf if entry.layer is None else leaf[entry.layer]
-    if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, jax.sharding.NamedSharding):
-        piece = jax.device_put(piece, meshes.replicated(leaf.sharding.mesh)).addressable_data(0)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        piece = _gather(piece.astype(dtype), leaf.sharding)
     array = np.asarray(piece).astype(jnp.dtype(dtype))
     return np.ascontiguousarray(layout.to_file(entry.path[-1], array))
+
+
+def _gather(piece: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
+    """The whole of an array that lies on the devices of several processes, on this one's first device."""
+    if not isinstance(place, jax.sharding.NamedSharding) or not isinstance(place.mesh, jax.sharding.Mesh):
+        raise ValueError(f"parameters of several processes need a mesh, not {place}: load or restore them onto one")
+    return jax.device_put(piece, meshes.replicated(place.mesh)).addressable_data(0)
 
 
 def _write_configs(

@@ -1,5 +1,6 @@
 """Our logits are those of transformers' LlamaForCausalLM, for every kind of config and for a published model."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,7 +14,8 @@ from posttrain.model import pretrained, transformer
 GOLDEN = Path(__file__).parent / "golden"
 LLAMA = GOLDEN / "llama"
 CASES = sorted(folder.name for folder in LLAMA.iterdir())
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-4}
+TOLERANCE = 1e-4
+assert_close = partial(np.testing.assert_allclose, rtol=1e-5, atol=TOLERANCE)
 
 
 def all_logits(config: model.ModelConfig, params, tokens: np.ndarray, lengths=None) -> np.ndarray:
@@ -31,9 +33,9 @@ def test_logits_equal_those_of_transformers(case):
     with np.load(GOLDEN / "llama.npz") as golden:
         tokens, expected, short = (golden[f"{case}/{name}"] for name in ("tokens", "logits", "short_logits"))
     for weights in (params, transformer.unstack(config, params)):
-        np.testing.assert_allclose(all_logits(config, weights, tokens), expected, **TOLERANCE)
+        assert_close(all_logits(config, weights, tokens), expected)
     length = short.shape[1]
-    np.testing.assert_allclose(all_logits(config, weights, tokens, length)[:, :length], short, **TOLERANCE)
+    assert_close(all_logits(config, weights, tokens, length)[:, :length], short)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_the_goldens_would_notice_an_ignored_field(case, changes):
     with np.load(GOLDEN / "llama.npz") as golden:
         tokens, expected = golden[f"{case}/tokens"], golden[f"{case}/logits"]
     wrong = all_logits(config.replace(**changes), transformer.unstack(config, params), tokens)
-    assert np.abs(wrong - expected).max() > 100 * TOLERANCE["atol"]
+    assert np.abs(wrong - expected).max() > 100 * TOLERANCE
 
 
 def test_smollm2_from_its_gguf_file_has_the_logits_of_transformers():
@@ -78,8 +80,8 @@ def test_smollm2_from_its_gguf_file_has_the_logits_of_transformers():
     for number, (row, length) in enumerate(zip(all_logits(config, params, padded, lengths), lengths, strict=True)):
         logits = row[:length]
         partition = jax.nn.logsumexp(logits, axis=-1)
-        np.testing.assert_allclose(logits[:, ::512], golden[f"{number}/slice"], **TOLERANCE)
-        np.testing.assert_allclose(partition, golden[f"{number}/logsumexp"], **TOLERANCE)
+        assert_close(logits[:, ::512], golden[f"{number}/slice"])
+        assert_close(partition, golden[f"{number}/logsumexp"])
         best = np.argsort(-logits[-1])[:10]
         np.testing.assert_array_equal(best, golden[f"{number}/best"])
-        np.testing.assert_allclose(logits[-1][best], golden[f"{number}/best_logits"], **TOLERANCE)
+        assert_close(logits[-1][best], golden[f"{number}/best_logits"])
