@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 BLOCK = 256
 
@@ -65,6 +65,11 @@ def processed(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "
     if sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0:
         logits = jnp.where(kept(scores, sampling), logits, -jnp.inf)
     return jax.nn.log_softmax(logits, axis=-1)
+
+
+def support(scores: Float[Array, "B V"], sampling: Sampling) -> UInt8[Array, "B W"]:
+    """Which tokens can be drawn, eight to a byte (W = ceil(V / 8)), as `np.packbits` packs them."""
+    return jnp.packbits(kept(scores, sampling), axis=-1)
 
 
 def draw(scores: Float[Array, "B V"], keys: Array, sampling: Sampling) -> tuple[Int[Array, " B"], Float[Array, " B"]]:

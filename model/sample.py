@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ..sharding import mesh as meshes
 from . import cache as caches
@@ -30,11 +30,14 @@ class Generation(NamedTuple):
 
     `tokens` ends with the stop token if `finish` is "stop"; "length" means cut at the limit. `logp` holds, per token,
     its log-probability under the distribution that it was drawn from (after temperature, top-k, top-p, min-p), float32.
+    `kept`, if asked for, holds per token which tokens that distribution could draw, eight to a byte: uint8
+    [n, ceil(V / 8)], unpacked by `np.unpackbits(kept, axis=-1, count=V)`.
     """
 
     tokens: np.ndarray
     logp: np.ndarray
     finish: Literal["stop", "length"]
+    kept: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,7 @@ class _Slots(NamedTuple):
     active: Bool[Array, " B"]
     tokens: Int[Array, "B N"]
     logp: Float[Array, "B N"]
+    kept: UInt8[Array, "B N W"]  # W is 0 unless asked for
 
 
 def generate(
@@ -70,6 +74,7 @@ def generate(
     noise: Noise,
     slots: int = 64,
     mesh: jax.sharding.Mesh | None = None,
+    return_kept: bool = False,
     on_finish: Callable[[int], None] | None = None,
 ) -> list[list[Generation]]:
     """Sample `num_samples` answers to every prompt.
@@ -82,8 +87,9 @@ def generate(
         sampling: temperature, truncation, length limit and stop ids.
         noise: seed, step and first row of the random numbers; sample g of prompt p is row
             `first_row + p * num_samples + g`.
-        slots: answers decoded at a time; memory grows with it.
+        slots: answers decoded at a time, rounded up to fill a bucket and the mesh; memory grows with it.
         mesh: shards the slots over its data axes and the heads over its tensor axis.
+        return_kept: whether to hand back `kept`, which takes V / 8 bytes a token.
         on_finish: called with the number of answers that have just ended (for progress bars).
 
     Returns:
@@ -94,8 +100,9 @@ def generate(
     """
     _check(config, prompts, sampling)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        engine = _Engine((config, params), prompts, num_samples, sampling, noise, slots)
-        return engine.run(on_finish or (lambda _: None))
+        parts = meshes.batch_parts(mesh) if mesh is not None else 1
+        engine = _Engine((config, params), prompts, num_samples, sampling, noise, slots, parts)
+        return engine.run(on_finish or (lambda _: None), return_kept=return_kept)
 
 
 def bucket(size: int, *, minimum: int = 16) -> int:
@@ -108,8 +115,13 @@ def bucket(size: int, *, minimum: int = 16) -> int:
     return value
 
 
+def _filling(size: int, parts: int) -> int:
+    """The smallest bucket of at least `size` that splits evenly over the mesh: what does not split is replicated."""
+    return parts * bucket(-(-size // parts), minimum=1)
+
+
 def programs(
-    config: ModelConfig, params: Any, sampling: Sampling, *, slots: int, group: int, prompt_tokens: int
+    config: ModelConfig, params: Any, sampling: Sampling, *, slots: int, group: int, prompt_tokens: int, parts: int = 1
 ) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """The compiled programs of generation with abstract arguments: {name: (function, arguments)}.
 
@@ -120,12 +132,14 @@ def programs(
         slots: answers decoded at a time.
         group: samples per prompt.
         prompt_tokens: length of the longest prompt.
+        parts: number of parts that the mesh splits a batch into.
     """
+    slots = _filling(slots, parts)
     width, capacity = bucket(prompt_tokens), bucket(sampling.max_tokens)
-    state = jax.eval_shape(partial(_start, config, sampling, slots, width + capacity, capacity, False))
+    state = jax.eval_shape(partial(_start, config, sampling, slots, width + capacity, capacity, False, False))
     key = jax.eval_shape(lambda: jax.random.key(0))
     ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    prompts = max(1, slots // group)
+    prompts = _filling(max(1, slots // group), parts)
     admitted = (ints((prompts, width)), ints((prompts,)), ints((prompts, group)), ints((prompts, group)))
     return {
         "prefill": (partial(_admit, config, sampling), (params, state, key, *admitted)),
@@ -160,12 +174,13 @@ class _Engine:
 
     def __init__(
         self, model: tuple[ModelConfig, transformer.Params], prompts: Sequence[Sequence[int]], num_samples: int,
-        sampling: Sampling, noise: Noise, slots: int,
+        sampling: Sampling, noise: Noise, slots: int, parts: int,
     ) -> None:  # fmt: skip
         config, params = model
+        self.parts = parts
         self.config, self.sampling, self.noise = config, sampling, noise
         self.prompts, self.num_samples = prompts, num_samples
-        self.num_slots = bucket(min(slots, max(1, len(prompts) * num_samples)), minimum=1)
+        self.num_slots = _filling(min(slots, max(1, len(prompts) * num_samples)), parts)
         self.group = min(num_samples, self.num_slots)
         self.refill = max(self.group, self.num_slots // 4)
         self.width = bucket(max(map(len, prompts), default=1))
@@ -177,12 +192,13 @@ class _Engine:
         self.holds: list[tuple[int, int] | None] = [None] * self.num_slots
         self.answers: list[list[Any]] = [[None] * num_samples for _ in prompts]
 
-    def run(self, on_finish: Callable[[int], None]) -> list[list[Generation]]:
+    def run(self, on_finish: Callable[[int], None], *, return_kept: bool) -> list[list[Generation]]:
         if not self.prompts:
             return []
         static = (self.config, self.sampling)
         key = jax.random.fold_in(jax.random.key(self.noise.seed), self.noise.step)
-        state = _start(*static, self.num_slots, self.width + self.capacity, self.capacity, self.unstacked)
+        sizes = self.num_slots, self.width + self.capacity, self.capacity
+        state = _start(*static, *sizes, self.unstacked, return_kept)
         while self.waiting or any(self.holds):
             while self.waiting and self.holds.count(None) >= self.group:
                 state = _admit(*static, self.params, state, key, *self._next_units())
@@ -195,7 +211,7 @@ class _Engine:
         """Prompts [A, P], lengths [A], slots [A, G], rows [A, G] of what is admitted next; slot num_slots is nobody."""
         free = [slot for slot, held in enumerate(self.holds) if held is None]
         count = min(len(self.waiting), len(free) // self.group)
-        size = bucket(count, minimum=1)
+        size = _filling(count, self.parts)
         tokens = np.zeros((size, self.width), np.int32)
         lengths = np.ones(size, np.int32)
         slots = np.full((size, self.group), self.num_slots, np.int32)
@@ -217,12 +233,13 @@ class _Engine:
         done = [slot for slot, held in enumerate(self.holds) if held is not None and not active[slot]]
         if not done:
             return 0
-        tokens, logp = np.asarray(state.tokens), np.asarray(state.logp)
+        tokens, logp, kept = (np.asarray(x) for x in (state.tokens, state.logp, state.kept))
         for slot in done:
             prompt, sample = self.holds[slot]  # pyright: ignore[reportGeneralTypeIssues]
             n = int(count[slot])
             finish = "stop" if int(token[slot]) in self.sampling.stop_ids else "length"
-            self.answers[prompt][sample] = Generation(tokens[slot, :n].copy(), logp[slot, :n].copy(), finish)
+            support = kept[slot, :n].copy() if kept.shape[-1] else None
+            self.answers[prompt][sample] = Generation(tokens[slot, :n].copy(), logp[slot, :n].copy(), finish, support)
             self.holds[slot] = None
         return len(done)
 
@@ -241,8 +258,10 @@ def _constrain(state: _Slots) -> _Slots:
     return _Slots(cache=cache, **rest)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def _start(config: ModelConfig, sampling: Sampling, slots: int, length: int, capacity: int, unstacked: bool) -> _Slots:
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
+def _start(
+    config: ModelConfig, sampling: Sampling, slots: int, length: int, capacity: int, unstacked: bool, return_kept: bool
+) -> _Slots:
     ints = partial(jnp.zeros, dtype=jnp.int32)
     return _constrain(
         _Slots(
@@ -250,6 +269,7 @@ def _start(config: ModelConfig, sampling: Sampling, slots: int, length: int, cap
             token=ints(slots), position=ints(slots), row=ints(slots), count=ints(slots),
             limit=jnp.full(slots, sampling.max_tokens, jnp.int32), active=jnp.zeros(slots, bool),
             tokens=ints((slots, capacity)), logp=jnp.zeros((slots, capacity), jnp.float32),
+            kept=jnp.zeros((slots, capacity, -(-config.vocab_size // 8) if return_kept else 0), jnp.uint8),
         )
     )  # fmt: skip
 
@@ -276,6 +296,7 @@ def _admit(
     scores = jnp.repeat(transformer.logits(config, params, last)[:, 0], group, axis=0)
     slots, rows = slots.reshape(-1), rows.reshape(-1)
     token, logp = processing.draw(scores, _keys(key, rows, jnp.zeros_like(rows)), sampling)
+    kept = processing.support(scores, sampling)[:, : state.kept.shape[-1]]
     cache = jax.tree.map(lambda old, new: _place(old, new, slots, group), state.cache, fresh)
 
     def put(old: Array, new: Array) -> Array:
@@ -291,6 +312,7 @@ def _admit(
             active=put(state.active, ~_stops(token, sampling) & (sampling.max_tokens > 1)),
             tokens=state.tokens.at[slots, 0].set(token, mode="drop"),
             logp=state.logp.at[slots, 0].set(logp, mode="drop"),
+            kept=state.kept.at[slots, 0].set(kept, mode="drop"),
         )
     )
 
@@ -315,6 +337,7 @@ def _decode(
         )
         scores = transformer.logits(config, params, hidden)[:, 0]
         token, logp = processing.draw(scores, _keys(key, state.row, state.count), sampling)
+        kept = processing.support(scores, sampling)[:, : state.kept.shape[-1]]
         active = state.active
         place = jnp.where(active, state.count, state.tokens.shape[1])
         every = jnp.arange(active.shape[0])
@@ -328,6 +351,7 @@ def _decode(
                 active=active & ~_stops(token, sampling) & (count < state.limit),
                 tokens=state.tokens.at[every, place].set(token, mode="drop"),
                 logp=state.logp.at[every, place].set(logp, mode="drop"),
+                kept=state.kept.at[every, place].set(kept, mode="drop"),
             )
         )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
@@ -23,7 +23,7 @@ RULES: dict[str, tuple[str, ...]] = {
 LogicalAxes = tuple[str | None, ...]
 
 
-def spec(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def spec(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """PartitionSpec of an array whose dimensions have these logical axes.
 
     A mesh axis is used once per array, at the first dimension that names it, and only where it divides the dimension:
@@ -46,7 +46,7 @@ def spec(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def _entry(axis: str | None, size: int, mesh: Mesh, used: set[str]) -> tuple[str, ...] | None:
+def _entry(axis: str | None, size: int, mesh: Mesh | AbstractMesh, used: set[str]) -> tuple[str, ...] | None:
     if axis is None:
         return None
     if axis not in RULES:

@@ -53,4 +53,5 @@ def generation(
     """Prefill and decoding of full slots, with prompts as long as a row leaves room for."""
     params = states.abstract_params(config, mesh)
     prompt_tokens = max(1, compute.row_tokens - sampling.max_tokens)
-    return sample.programs(config, params, sampling, slots=compute.slots, group=group, prompt_tokens=prompt_tokens)
+    sizes = {"slots": compute.slots, "group": group, "prompt_tokens": prompt_tokens}
+    return sample.programs(config, params, sampling, **sizes, parts=meshes.batch_parts(mesh))
