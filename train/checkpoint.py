@@ -9,6 +9,7 @@ import contextlib
 import errno
 import functools
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,9 @@ from ..model import pretrained, transformer
 from ..model.config import ModelConfig
 from . import state as states
 from .step import State
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when a write does not fit: no space, over quota, over the largest file allowed."""
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -197,14 +201,14 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 @contextlib.contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """Say what a full disk means, and that nothing was lost."""
+    """Say what a full disk means, and that nothing was lost. TensorStore wraps the system's message in an error."""
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if full or "No space left on device" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
+        number = error.errno if isinstance(error, OSError) else None
+        if number in FULL or any(os.strerror(known) in str(error) for known in FULL):
             raise CheckpointError(
-                f"the disk that holds {folder} is full: free some space and run the same command again; "
-                "the last complete checkpoint is untouched"
+                f"the disk that holds {folder} is full, or a quota or size limit is reached: free some space and run "
+                "the same command again; the last complete checkpoint is untouched"
             ) from error
         raise

@@ -28,7 +28,7 @@ from .losses import advantage, distill, masked, policy
 from .metrics import Log
 from .optimizer import AdamW
 from .rollout import Rollout, Sampler
-from .step import Loss, State, make_train_step
+from .step import Loss, State, Sums, make_train_step
 from .teachers import Teachers
 from .updater import Updater, micro_batches
 
@@ -36,11 +36,13 @@ from .updater import Updater, micro_batches
 class Objective(Protocol):
     """What the student minimises, and what it needs of the teacher."""
 
-    def loss(self, config: ModelConfig) -> Loss:
+    def loss(self, config: ModelConfig, *, temperature: float = 1.0) -> Loss:
         """`loss(params, batch, *constants) -> (sum, weight, metrics)`."""
         ...
 
-    def teach(self, config: ModelConfig, params: Any, batch: Any) -> tuple[dict[str, jax.Array], tuple[Any, ...]]:
+    def teach(
+        self, config: ModelConfig, params: Any, batch: Any, *, temperature: float = 1.0
+    ) -> tuple[dict[str, jax.Array], tuple[Any, ...]]:
         """The teacher's per-token fields for a batch, and the constants that the loss takes."""
         ...
 
@@ -58,7 +60,8 @@ class SampledToken:
     """MOPD on the sampled tokens: advantage log(teacher / student), weight pi / mu where in [low, high], else 0.
 
     MiMo-V2-Flash eq. 7-9. `limit` bounds the teacher's advantage; `outcome` is alpha, the weight of the outcome
-    advantage (reward minus the group's mean; it needs more than one answer to a prompt).
+    advantage (reward minus the group's mean; it needs more than one answer to a prompt). Teacher and student are both
+    taken at the sampling temperature.
     """
 
     low: float = 0.5
@@ -66,12 +69,12 @@ class SampledToken:
     limit: float = 20.0
     outcome: float = 0.0
 
-    def loss(self, config: ModelConfig) -> Loss:
+    def loss(self, config: ModelConfig, *, temperature: float = 1.0) -> Loss:
         """See `Objective`."""
 
         def compute(params: Any, batch: Any) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
             hidden, weights = _student(config, params, batch)
-            logp = transformer.token_logp(config, params, hidden, batch["targets"])
+            logp = transformer.token_logp(config, params, hidden, batch["targets"], temperature=temperature)
             gap = distill.sampled_token_advantage(batch["teacher_logp"], logp)
             total = distill.clip_advantage(gap, limit=self.limit) + self.outcome * batch["advantage"]
             per_token = distill.mopd(logp, batch["behavior_logp"], total, low=self.low, high=self.high)
@@ -79,9 +82,11 @@ class SampledToken:
 
         return compute
 
-    def teach(self, config: ModelConfig, params: Any, batch: Any) -> tuple[dict[str, jax.Array], tuple[Any, ...]]:
+    def teach(
+        self, config: ModelConfig, params: Any, batch: Any, *, temperature: float = 1.0
+    ) -> tuple[dict[str, jax.Array], tuple[Any, ...]]:
         """The teacher's log-probabilities of the sampled tokens."""
-        return {"teacher_logp": score.token_logp(config, params, batch)}, ()
+        return {"teacher_logp": score.token_logp(config, params, batch, temperature=temperature)}, ()
 
     def fields(self, teacher: ModelConfig) -> dict[str, tuple[int, ...]]:
         """See `Objective`."""
@@ -103,7 +108,7 @@ class FullVocabulary:
     chunk: int = 8192
     outcome: float = 0.0
 
-    def loss(self, config: ModelConfig) -> Loss:
+    def loss(self, config: ModelConfig, *, temperature: float = 1.0) -> Loss:
         """See `Objective`; the constant is the teacher's head, [E, V]."""
 
         def compute(params: Any, batch: Any, teacher_head: Any) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
@@ -112,13 +117,15 @@ class FullVocabulary:
             gap = distill.chunked_reverse_kl(hidden, head, batch["teacher_hidden"], teacher_head, chunk=self.chunk)
             per_token = gap
             if self.outcome:
-                logp = transformer.token_logp(config, params, hidden, batch["targets"])
+                logp = transformer.token_logp(config, params, hidden, batch["targets"], temperature=temperature)
                 per_token = gap + self.outcome * policy.policy_gradient(logp, batch["advantage"])
             return masked.sum(per_token, weights), masked.weight(weights), {"kl": masked.sum(gap, weights)}
 
         return compute
 
-    def teach(self, config: ModelConfig, params: Any, batch: Any) -> tuple[dict[str, jax.Array], tuple[Any, ...]]:
+    def teach(
+        self, config: ModelConfig, params: Any, batch: Any, *, temperature: float = 1.0
+    ) -> tuple[dict[str, jax.Array], tuple[Any, ...]]:
         """The teacher's last hidden states, and its head."""
         return {"teacher_hidden": score.last_hidden(config, params, batch)}, self.constants(params)
 
@@ -180,13 +187,14 @@ class Distill:
     def train(self, out: Path, mesh: jax.sharding.Mesh | None = None) -> None:
         """Run to the end, from the newest checkpoint in `out`; the model is then in `out`/model."""
         mesh = mesh or meshes.make_mesh()
-        start = checkpoint.open_model(self.start, mesh)
-        config = self.compute.configure(start.config)
+        shape, tokenizer = checkpoint.open_config(self.start), checkpoint.open_tokenizer(self.start)
+        config = self.compute.configure(shape)
         optimizer = self.optimizer.build(self.steps)
-        updater = Updater(self.objective.loss(config), optimizer, mesh)
+        temperature = self.sampling.temperature or 1.0
+        updater = Updater(self.objective.loss(config, temperature=temperature), optimizer, mesh)
         tasks = Shuffled(self.tasks, seed=self.seed)
         with VerifierPool(self.verifiers) as pool, jax.set_mesh(mesh):
-            teachers = Teachers(self.teachers, start, self.compute, mesh)
+            teachers = Teachers(self.teachers, tokenizer, self.compute, mesh)
 
             def iterate(now: State, cursor: loop.Cursor, log: Log) -> tuple[State, loop.Cursor, Any]:
                 sampler = Sampler(
@@ -199,20 +207,13 @@ class Distill:
                 )
                 step = cursor["iteration"]
                 chosen = [tasks[step * self.prompts + i] for i in range(self.prompts)]
-                model = checkpoint.Model(config, now.params, start.tokenizer)
+                model = checkpoint.Model(config, now.params, tokenizer)
                 noise = sample.Noise(seed=self.seed, step=step)
                 groups = sampler.rollouts(model, chosen, num_samples=self.samples, noise=noise, version=step)
-                rollout.write(out / "rollouts", step, groups, start.tokenizer.decode)
+                rollout.write(out / "rollouts", step, groups, tokenizer.decode)
                 sums = None
                 for domain, own in _by_domain(groups, self.teachers).items():
-                    with log.phase("teacher"):
-                        teacher = teachers(domain)
-                    for micro in self._micro_batches(own, mesh):
-                        with log.phase("teacher"):
-                            fields, constants = self.objective.teach(*teacher, micro)
-                            jax.block_until_ready(fields)
-                        with log.phase("train"):
-                            sums = jax.block_until_ready(updater.add(sums, now, {**micro, **fields}, *constants))
+                    sums = self._add(sums, now, (updater, teachers, log), domain, self._micro_batches(own, mesh))
                 with log.phase("train"):
                     now, metrics = updater.finish(now, sums)
                 return now, cursor, {**rollout.statistics(groups), **metrics}
@@ -222,11 +223,26 @@ class Distill:
                 title=out.name,
                 steps=self.steps,
                 save_every=self.compute.save_every,
-                fresh=lambda: state.create(start.params, optimizer, mesh),
-                abstract=state.abstract(start.config, optimizer, mesh),
+                fresh=lambda: state.create(checkpoint.open_model(self.start, mesh).params, optimizer, mesh),
+                abstract=state.abstract(shape, optimizer, mesh),
                 iterate=iterate,
             )
-        checkpoint.save_model(out / "model", checkpoint.Model(start.config, final.params, start.tokenizer))
+        checkpoint.save_model(out / "model", checkpoint.Model(shape, final.params, tokenizer))
+
+    def _add(
+        self, sums: Sums | None, now: State, tools: tuple[Updater, Teachers, Log], domain: str, micros: list[dict]
+    ) -> Sums | None:
+        """Gradients of one domain's answers added; on return nothing here holds its teacher on the device."""
+        updater, teachers, log = tools
+        with log.phase("teacher"):
+            teacher = teachers(domain)
+        for micro in micros:
+            with log.phase("teacher"):
+                fields, constants = self.objective.teach(*teacher, micro, temperature=temperature)
+                jax.block_until_ready(fields)
+            with log.phase("train"):
+                sums = jax.block_until_ready(updater.add(sums, now, {**micro, **fields}, *constants))
+        return sums
 
     def _micro_batches(self, groups: Sequence[Sequence[Rollout]], mesh: jax.sharding.Mesh) -> list[dict[str, Any]]:
         rewards = jnp.asarray([[r.reward for r in one] for one in groups], jnp.float32)

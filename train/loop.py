@@ -52,7 +52,7 @@ def run(
         out: the stage's folder.
         title: what the progress bar says.
         steps: iterations in all.
-        save_every: iterations between checkpoints; there is always one after the last.
+        save_every: iterations between checkpoints. After the last one the caller stores the finished model instead.
         fresh: makes the state before the first iteration.
         abstract: its shapes and shardings.
         iterate: one iteration: (state, cursor, log) -> (state, cursor, metrics). It may donate the state, but only once
@@ -69,25 +69,31 @@ def run(
         state, cursor = checkpoints.restore(done, abstract)
     try:
         with Log(out, title=title, total=steps, start=cursor["iteration"]) as log:
-            waiting: tuple[int, Mapping[str, Any]] | None = None
+            waiting: list[tuple[int, Mapping[str, Any]]] = []
             while cursor["iteration"] < steps:
                 try:
                     check_stop()
                     state, cursor, metrics = iterate(state, cursor, log)
                 except Interrupted:
+                    _write(log, waiting)
                     checkpoints.save(cursor["iteration"], state, cursor)
                     raise
                 finally:
                     # Read the numbers of the step before only now: this step is already on its way.
-                    if waiting:
-                        log.write(*waiting)
+                    _write(log, waiting)
                 cursor = {**cursor, "iteration": cursor["iteration"] + 1}
-                waiting = cursor["iteration"], metrics
-                if cursor["iteration"] % save_every == 0 or cursor["iteration"] == steps:
+                waiting.append((cursor["iteration"], metrics))
+                if cursor["iteration"] % save_every == 0 and cursor["iteration"] < steps:
+                    # The line comes before the checkpoint: a run that goes on from step n must find the line of step n.
+                    _write(log, waiting)
                     with log.phase("checkpoint"):
                         checkpoints.save(cursor["iteration"], state, cursor)
-            if waiting:
-                log.write(*waiting)
     finally:
         checkpoints.close()
     return jax.block_until_ready(state)
+
+
+def _write(log: Log, waiting: list[tuple[int, Mapping[str, Any]]]) -> None:
+    """Write the lines that wait, once."""
+    while waiting:
+        log.write(*waiting.pop(0))

@@ -91,7 +91,9 @@ class Log:
     def _keep_until(self, step: int) -> None:
         if self.path.exists():
             kept = [line for line in read(self.path) if line["step"] <= step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            partial.rename(self.path)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ clip [0.8, 1.272], loss averaged over the tokens of the whole batch, sampler/tra
 answers all earned the same dropped and replaced, no KL term.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,14 +122,11 @@ class RL:
     def train(self, out: Path, mesh: jax.sharding.Mesh | None = None) -> None:
         """Run to the end, from the newest checkpoint in `out`; the model is then in `out`/model."""
         mesh = mesh or meshes.make_mesh()
-        start = checkpoint.open_model(self.start, mesh)
-        config = self.compute.configure(start.config)
+        shape, tokenizer = checkpoint.open_config(self.start), checkpoint.open_tokenizer(self.start)
+        config = self.compute.configure(shape)
         optimizer = self.optimizer.build(self.steps * self.updates)
         updater = Updater(loss(config, self.objective, temperature=self.sampling.temperature), optimizer, mesh)
-        reference = start.params if self.objective.kl_weight else None
-
-        def fresh() -> State:
-            return state.create(jax.tree.map(jnp.copy, start.params) if reference else start.params, optimizer, mesh)
+        reference = checkpoint.open_model(self.start, mesh).params if self.objective.kl_weight else None
 
         with VerifierPool(self.verifiers) as pool, jax.set_mesh(mesh):
 
@@ -141,9 +139,9 @@ class RL:
                     log=log,
                     poll=loop.check_stop,
                 )
-                model = checkpoint.Model(config, now.params, start.tokenizer)
+                model = checkpoint.Model(config, now.params, tokenizer)
                 groups, taken, metrics = self._collect(sampler, model, cursor)
-                rollout.write(out / "rollouts", cursor["iteration"], groups, start.tokenizer.decode)
+                rollout.write(out / "rollouts", cursor["iteration"], groups, tokenizer.decode)
                 with log.phase("train"):
                     now, learned = self._learn(config, updater, (now, reference), self._micro_batches(groups, mesh))
                 return now, {**cursor, "next_task": taken}, metrics | learned
@@ -153,11 +151,11 @@ class RL:
                 title=out.name,
                 steps=self.steps,
                 save_every=self.compute.save_every,
-                fresh=fresh,
-                abstract=state.abstract(start.config, optimizer, mesh),
+                fresh=lambda: state.create(checkpoint.open_model(self.start, mesh).params, optimizer, mesh),
+                abstract=state.abstract(shape, optimizer, mesh),
                 iterate=iterate,
             )
-        checkpoint.save_model(out / "model", checkpoint.Model(start.config, final.params, start.tokenizer))
+        checkpoint.save_model(out / "model", checkpoint.Model(shape, final.params, tokenizer))
 
     def _collect(
         self, sampler: Sampler, model: checkpoint.Model, cursor: loop.Cursor
@@ -222,6 +220,11 @@ class RL:
             fields["old_logp"] = ()
         if self.objective.kl_weight:
             fields["reference_logp"] = ()
-        optimizer = self.optimizer.build(self.steps)
-        train = programs.training(loss(config, self.objective), config, optimizer, self.compute, mesh, fields=fields)
+        optimizer = self.optimizer.build(self.steps * self.updates)
+        policy_loss = loss(config, self.objective, temperature=self.sampling.temperature)
+        train = programs.training(policy_loss, config, optimizer, self.compute, mesh, fields=fields)
+        if self.updates > 1 or self.objective.kl_weight:
+            scored = functools.partial(score.token_logp, config, temperature=self.sampling.temperature)
+            batch = programs.abstract_batch(self.compute, mesh)
+            train["score"] = (scored, (state.abstract_params(config, mesh), batch))
         return train | programs.generation(config, self.sampling, self.compute, self.group, mesh)

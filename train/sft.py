@@ -73,8 +73,8 @@ class SFT:
     def train(self, out: Path, mesh: jax.sharding.Mesh | None = None) -> None:
         """Run to the end, from the newest checkpoint in `out`; the model is then in `out`/model."""
         mesh = mesh or meshes.make_mesh()
-        model = checkpoint.open_model(self.start, mesh)
-        config = self.compute.configure(model.config)
+        shape, tokenizer = checkpoint.open_config(self.start), checkpoint.open_tokenizer(self.start)
+        config = self.compute.configure(shape)
         conversations = Shuffled(self.data.open(), seed=self.seed)
         optimizer = self.optimizer.build(self.steps)
         updater = Updater(loss(config), optimizer, mesh)
@@ -83,7 +83,7 @@ class SFT:
             first = cursor["iteration"] * self.batch_size
             with log.phase("data"):
                 chosen = [conversations[first + i] for i in range(self.batch_size)]
-                rows = batch(model.tokenizer, chosen, length=self.compute.row_tokens)
+                rows = batch(tokenizer, chosen, length=self.compute.row_tokens)
             with log.phase("train"):
                 sums = None
                 for micro in micro_batches(rows, self.compute.rows(mesh), mesh):
@@ -96,11 +96,11 @@ class SFT:
             title=out.name,
             steps=self.steps,
             save_every=self.compute.save_every,
-            fresh=lambda: state.create(model.params, optimizer, mesh),
-            abstract=state.abstract(model.config, optimizer, mesh),
+            fresh=lambda: state.create(checkpoint.open_model(self.start, mesh).params, optimizer, mesh),
+            abstract=state.abstract(shape, optimizer, mesh),
             iterate=iterate,
         )
-        checkpoint.save_model(out / "model", checkpoint.Model(model.config, final.params, model.tokenizer))
+        checkpoint.save_model(out / "model", checkpoint.Model(shape, final.params, tokenizer))
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
         """The compiled programs of this stage and their abstract arguments."""

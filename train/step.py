@@ -87,7 +87,8 @@ def make_train_step(
     add, update = make_accumulate(loss), make_update(optimizer)
 
     def train_step(state: State, batch: Batch, *constants: Any) -> tuple[State, Metrics]:
-        micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), dict(batch))
+        # Every accumulate-th row: a batch whose rows are split over devices is then cut without moving any.
+        micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), dict(batch))
         first = jax.tree.map(lambda x: x[0], micro)
         sums = zero_sums(loss, state.params, first, *constants)
         if accumulate == 1:

@@ -18,21 +18,22 @@ class Teachers:
     vocabularies cannot be compared.
     """
 
-    def __init__(
-        self, paths: Mapping[str, str], student: checkpoint.Model, compute: Compute, mesh: jax.sharding.Mesh
-    ) -> None:
-        self._configs: dict[str, ModelConfig] = {}
-        self._hosted: dict[str, Any] = {}
-        for path in dict.fromkeys(paths.values()):
-            teacher = checkpoint.open_model(path, mesh)
-            _same_tokenizer(path, teacher.tokenizer, student.tokenizer)
-            self._configs[path] = compute.configure(teacher.config)
-            self._hosted[path] = _moved(teacher.params, "pinned_host")
+    def __init__(self, paths: Mapping[str, str], student: Tokenizer, compute: Compute, mesh: jax.sharding.Mesh) -> None:
+        distinct = dict.fromkeys(paths.values())
+        for path in distinct:
+            _same_tokenizer(path, checkpoint.open_tokenizer(path), student)
+        self._configs: dict[str, ModelConfig] = {
+            path: compute.configure(checkpoint.open_config(path)) for path in distinct
+        }
+        self._hosted = {path: _moved(checkpoint.open_model(path, mesh).params, "pinned_host") for path in distinct}
         self._paths = dict(paths)
         self._on_device: tuple[str, Any] | None = None
 
     def __call__(self, domain: str) -> tuple[ModelConfig, Any]:
-        """Config and device parameters of a domain's teacher; the one before it leaves the device."""
+        """Config and device parameters of a domain's teacher; the one before it leaves the device.
+
+        That needs the caller to have let go of it.
+        """
         path = self._paths[domain]
         if self._on_device is None or self._on_device[0] != path:
             self._on_device = None
