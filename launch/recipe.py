@@ -1,15 +1,17 @@
 """Runs recipes: `run(name, stage)` trains a stage once, remembers its settings, and skips it when it is done."""
 
+import contextlib
 import dataclasses
 import json
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 
-from ..train.loop import check_stop
+from ..train.loop import Interrupted, check_stop
 
 
 class Stage(Protocol):
@@ -55,13 +57,14 @@ class Training:
         folder = self.out / name
         self._remember(folder, stage)
         if not (folder / "DONE").exists():
-            start = time.time()
-            stage.train(folder, self.mesh)
-            (folder / "DONE").write_text(json.dumps({"seconds_of_last_run": round(time.time() - start, 1)}) + "\n")
+            with _attempt(folder):
+                stage.train(folder, self.mesh)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            (folder / "DONE").touch()
         return str(folder)
 
     def _remember(self, folder: Path, stage: Stage) -> None:
-        now = json.loads(json.dumps(settings(stage)).replace(str(self.out), "OUT"))
+        now = relative(settings(stage), self.out)
         path = folder / "stage.json"
         if path.exists():
             changes = differences(json.loads(path.read_text()), now)
@@ -75,6 +78,22 @@ class Training:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(now, indent=2) + "\n")
         partial.rename(path)
+
+
+@contextlib.contextmanager
+def _attempt(folder: Path) -> Iterator[None]:
+    """Append the wall time to `folder`/attempts.jsonl: with it, time outside the phases of metrics.jsonl is known."""
+    start, end = time.time(), "failed"
+    try:
+        yield
+        end = "done"
+    except (Interrupted, KeyboardInterrupt):
+        end = "interrupted"
+        raise
+    finally:
+        line = {"started": round(start, 1), "seconds": round(time.time() - start, 3), "end": end}
+        with (folder / "attempts.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 SMOKE = {"steps": 2, "limit": 4}
@@ -99,6 +118,16 @@ def settings(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a stage's settings hold a {type(value).__name__} ({value!r}), which cannot be written as JSON")
+
+
+def relative(value: Any, out: Path) -> Any:
+    """Settings with OUT for the run folder in paths below it, so that a run may be moved."""
+    if isinstance(value, dict):
+        return {key: relative(item, out) for key, item in value.items()}
+    if isinstance(value, list):
+        return [relative(item, out) for item in value]
+    inside = isinstance(value, str) and value.startswith(f"{out}/")
+    return value.replace(str(out), "OUT", 1) if inside else value
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

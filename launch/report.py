@@ -1,0 +1,202 @@
+"""The report of a run: scores with intervals, how much of the teachers was recovered, where the time went."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import rich.box
+from rich.table import Table
+
+from ..train import evaluate, metrics
+from ..train.evaluate import Score
+from . import charts, comparison, machine
+from .comparison import Comparison, Entry
+
+PHASES: tuple[str, ...] = ("compile", "generate", "verify", "teacher", "train", "checkpoint", "other")
+SAMPLES = 4
+"""Tasks per domain whose answers the page shows: the first ones, not chosen ones."""
+
+
+class StageRecord(NamedTuple):
+    """What a stage left behind: its settings, the lines of its metrics, and wall seconds by phase."""
+
+    name: str
+    settings: dict[str, Any]
+    lines: list[dict[str, Any]]
+    seconds: dict[str, float]
+
+
+def stage_records(out: Path) -> list[StageRecord]:
+    """The stages of a run folder, in the order in which they were begun."""
+    found = sorted(out.glob("*/stage.json"), key=lambda file: (file.stat().st_mtime_ns, file))
+    return [_stage_record(file.parent) for file in found]
+
+
+def _stage_record(folder: Path) -> StageRecord:
+    lines = metrics.read(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+    seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+    for line in lines:
+        for phase, took in line["seconds"].items():
+            seconds[phase if phase in seconds else "other"] += took
+    attempts = metrics.read(folder / "attempts.jsonl") if (folder / "attempts.jsonl").is_file() else []
+    wall = math.fsum(attempt["seconds"] for attempt in attempts)
+    seconds["other"] += max(0.0, wall - sum(seconds.values()))
+    return StageRecord(folder.name, json.loads((folder / "stage.json").read_text()), lines, seconds)
+
+
+def summarise(out: Path, compared: Comparison) -> dict[str, Any]:
+    """What report.json holds.
+
+    rows: name, scores {domain: {mean, low, high, n}}, recovery (mean over the domains where it is defined, or None),
+    recovery_by_domain, seconds of the stages that made the model. shares and seconds: wall time by phase, over all
+    stages. notes: why a recovery is undefined.
+    """
+    stages = {stage.name: stage for stage in stage_records(out)}
+    scores = {entry.name: evaluate.read(Path(entry.evaluation)) for entry in compared.entries}
+    by_phase = {phase: math.fsum(stage.seconds[phase] for stage in stages.values()) for phase in PHASES}
+    total = math.fsum(by_phase.values())
+    start = compared.entries[0].name if compared.entries else ""
+    gains = {d: (scores[start][d].mean, scores[teacher][d].mean) for d, teacher in compared.teachers.items()}
+    return {
+        "title": compared.title,
+        "rows": [
+            _row(entry, scores[entry.name], {} if entry.name == start else gains, out) for entry in compared.entries
+        ],
+        "teachers": dict(compared.teachers),
+        "notes": [
+            f"{domain}: its teacher {compared.teachers[domain]} gained nothing over {start} ({after:.1%}, was "
+            f"{before:.1%}), so there is nothing to recover"
+            for domain, (before, after) in gains.items()
+            if after <= before
+        ],
+        "shares": {phase: seconds / total if total else 0.0 for phase, seconds in by_phase.items()},
+        "seconds": by_phase,
+        **machine.read(out),
+    }
+
+
+def _row(
+    entry: Entry, scores: Mapping[str, Score], gains: Mapping[str, tuple[float, float]], out: Path
+) -> dict[str, Any]:
+    recovery = {domain: recovered(scores[domain].mean, *gain) for domain, gain in gains.items()}
+    defined = [value for value in recovery.values() if value is not None]
+    return {
+        "name": entry.name,
+        "scores": {domain: score._asdict() for domain, score in scores.items()},
+        "recovery": math.fsum(defined) / len(defined) if defined else None,
+        "recovery_by_domain": recovery,
+        "seconds": math.fsum(sum(_stage_record(out / stage).seconds.values()) for stage in entry.stages),
+    }
+
+
+def recovered(score: float, start: float, teacher: float) -> float | None:
+    """(score - start) / (teacher - start); None where the teacher gained nothing."""
+    return (score - start) / (teacher - start) if teacher > start else None
+
+
+def write(out: Path, compared: Comparison) -> dict[str, Any]:
+    """Write `out`/report.json and the page `out`/report.html; returns what is in the former."""
+    summary = summarise(out, compared)
+    (out / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (out / "report.html").write_text(page(out, compared, summary), encoding="utf-8")
+    return summary
+
+
+def stored_comparison(out: Path) -> Comparison:
+    """The comparison that the run ended with, or one without models for a run that has not ended.
+
+    Raises:
+        FileNotFoundError: if the folder holds no run.
+    """
+    if (out / "comparison.json").is_file():
+        return comparison.read(out)
+    if not any(out.glob("*/stage.json")):
+        raise FileNotFoundError(f"{out} holds no run (no */stage.json): give the --out folder of `posttrain run`")
+    return Comparison(title=f"{out.resolve().name} (not finished)", entries=(), teachers={})
+
+
+def page(out: Path, compared: Comparison, summary: Mapping[str, Any]) -> str:
+    """The self-contained HTML page of a run."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"duration": duration, "json": lambda value: json.dumps(value, indent=2, ensure_ascii=False)}
+    stages = stage_records(out)
+    return environment.get_template("report.html").render(
+        summary=summary,
+        domains=domains(summary),
+        scores_chart=charts.scores(summary) if summary["rows"] else None,
+        curves=[
+            (stage, chart) for stage in stages if (chart := charts.curves(stage.name, stage.settings, stage.lines))
+        ],
+        samples=samples(compared),
+        stages=stages,
+        total=sum(summary["seconds"].values()),
+    )
+
+
+def samples(compared: Comparison) -> dict[str, list[dict[str, Any]]]:
+    """By domain, the first tasks with the answers of the start, the domain's teacher and the last model."""
+    if not compared.entries:
+        return {}
+    by_name = {entry.name: entry for entry in compared.entries}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for domain, teacher in compared.teachers.items():
+        shown = dict.fromkeys([compared.entries[0].name, teacher, compared.entries[-1].name])
+        answers = {name: _answers(Path(by_name[name].evaluation), domain) for name in shown}
+        first = next(iter(answers.values()))
+        found[domain] = [
+            {"prompt": row["prompt"], "answers": {name: rows[key] for name, rows in answers.items() if key in rows}}
+            for key, row in list(first.items())[:SAMPLES]
+        ]
+    return found
+
+
+def _answers(evaluation: Path, domain: str) -> dict[str, dict[str, Any]]:
+    """Answers of an Evaluate stage to the tasks of a domain, by task id."""
+    rows = [row for file in sorted((evaluation / "rollouts").glob("*.jsonl")) for row in metrics.read(file)]
+    return {row["id"]: row for row in rows if row["domain"] == domain}
+
+
+def domains(summary: Mapping[str, Any]) -> list[str]:
+    """All domains that any model was scored on, in order."""
+    return list(dict.fromkeys(domain for row in summary["rows"] for domain in row["scores"]))
+
+
+def table(summary: Mapping[str, Any]) -> Table:
+    """The comparison for the terminal: a row per model."""
+    made = Table(title=summary["title"], title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    made.add_column("model", no_wrap=True)
+    columns = domains(summary)
+    for name in (*columns, "recovery", "time"):
+        made.add_column(name, justify="right", no_wrap=True)
+    for row in summary["rows"]:
+        made.add_row(row["name"], *_cells(row, columns))
+    return made
+
+
+def _cells(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    shown = [score_text(row["scores"][domain]) if domain in row["scores"] else "" for domain in columns]
+    return [*shown, "" if row["recovery"] is None else f"{row['recovery']:.0%}", duration(row["seconds"])]
+
+
+def score_text(score: Mapping[str, float]) -> str:
+    """Such as `62.5% [50, 74]`: the mean and its 95% interval."""
+    return f"{score['mean']:.1%} [{100 * score['low']:.0f}, {100 * score['high']:.0f}]"
+
+
+def duration(seconds: float) -> str:
+    """Such as `8 s`, `4 min 10 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if 0 < seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
