@@ -7,7 +7,7 @@ https://arxiv.org/abs/2606.19348, section 5.1. Every answer counts the same, wha
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from .teachers import Teachers
 from .updater import Updater, micro_batches
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What the student minimises, and what it needs of the teacher."""
 

@@ -68,7 +68,7 @@ def make_update(optimizer: optax.GradientTransformation) -> Callable[[State, Sum
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {name: value * scale for name, value in sums.metrics.items()}
-        metrics |= {"loss": sums.loss * scale, "weight": sums.weight, "grad_norm": optax.global_norm(grads)}
+        metrics |= {"loss": sums.loss * scale, "weight": sums.weight, "grad_norm": optax.tree.norm(grads)}
         return State(params, opt_state, state.step + 1), metrics
 
     return update

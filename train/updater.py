@@ -1,10 +1,11 @@
 """Compiled updates over any number of micro-batches of one fixed shape: nothing recompiles when a batch grows."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -14,35 +15,41 @@ from .step import Loss, Metrics, State, Sums, make_accumulate, make_update, zero
 
 
 class Updater:
-    """Adds gradients up micro-batch by micro-batch, then takes one optimizer step."""
+    """Adds gradients up micro-batch by micro-batch, then takes one optimizer step. Compiled once, at the first step.
+
+    Sums and state are told to lie where they lay: left to the compiler, they may come back elsewhere and every program
+    is compiled a second time for them.
+    """
 
     def __init__(self, loss: Loss, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> None:
-        self.loss, self.mesh = loss, mesh
-        self.accumulate = jax.jit(make_accumulate(loss), donate_argnums=0)
-        self.update = jax.jit(make_update(optimizer), donate_argnums=0)
+        self.loss, self.optimizer, self.mesh = loss, optimizer, mesh
+        self._zeros: Callable[[], Sums] | None = None
+        self._accumulate: Callable[..., Sums] | None = None
+        self._update: Callable[[State, Sums], tuple[State, Metrics]] | None = None
 
     def add(self, sums: Sums | None, state: State, batch: Mapping[str, Any], *constants: Any) -> Sums:
-        """One more micro-batch; None starts a new sum."""
+        """One more micro-batch; None starts a new sum. The sums are donated."""
         with jax.set_mesh(self.mesh):
-            if sums is None:
-                sums = self._zeros(state.params, batch, *constants)
-            return self.accumulate(sums, state.params, batch, *constants)
+            if self._zeros is None or self._accumulate is None:
+                shapes = jax.eval_shape(functools.partial(zero_sums, self.loss), state.params, batch, *constants)
+                where = jax.tree.map(lambda _: meshes.replicated(self.mesh), shapes)
+                where = where._replace(grads=_shardings(state.params))
+                make = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # noqa: E731
+                self._zeros = jax.jit(make, out_shardings=where)
+                self._accumulate = jax.jit(make_accumulate(self.loss), donate_argnums=0, out_shardings=where)
+            return self._accumulate(self._zeros() if sums is None else sums, state.params, batch, *constants)
 
     def finish(self, state: State, sums: Sums) -> tuple[State, Metrics]:
         """Divide by the global weight and update. The state is donated."""
         with jax.set_mesh(self.mesh):
-            return self.update(state, sums)
-
-    def _zeros(self, params: Any, batch: Mapping[str, Any], *constants: Any) -> Sums:
-        shapes = jax.eval_shape(functools.partial(zero_sums, self.loss), params, batch, *constants)
-        replicated = jax.tree.map(lambda _: meshes.replicated(self.mesh), shapes)
-        where = replicated._replace(grads=jax.tree.map(lambda x: x.sharding, params))
-        return _zeros_like(shapes, where)
+            if self._update is None:
+                where = (_shardings(state), None)
+                self._update = jax.jit(make_update(self.optimizer), donate_argnums=0, out_shardings=where)
+            return self._update(state, sums)
 
 
-def _zeros_like(shapes: Sums, where: Sums) -> Sums:
-    make = lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)  # noqa: E731
-    return jax.jit(make, out_shardings=where)()
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def micro_batches(batch: Batch, rows: int, mesh: jax.sharding.Mesh) -> list[dict[str, jax.Array]]:
