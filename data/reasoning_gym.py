@@ -100,7 +100,7 @@ class ReasoningGym:
 
     @property
     def domain(self) -> str:
-        return f"reasoning_gym/{self.name}"
+        return self.name
 
     def __len__(self) -> int:
         return self.size

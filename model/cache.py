@@ -58,3 +58,10 @@ def write(
         return buffer.at[layer, rows, :, positions].set(values.astype(buffer.dtype), mode="drop")
 
     return Cache(put(cache.key, new[0]), put(cache.value, new[1]))
+
+
+def unstack(cache: Cache) -> Cache:
+    """The same cache with a tuple of layers."""
+    return Cache(
+        tuple(cache.key[i] for i in range(len(cache.key))), tuple(cache.value[i] for i in range(len(cache.value)))
+    )

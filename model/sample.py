@@ -136,7 +136,8 @@ def programs(
     """
     slots = _filling(slots, parts)
     width, capacity = bucket(prompt_tokens), bucket(sampling.max_tokens)
-    state = jax.eval_shape(partial(_start, config, sampling, slots, width + capacity, capacity, False, False))
+    length = bucket(prompt_tokens + capacity, minimum=64)
+    state = jax.eval_shape(partial(_start, config, sampling, slots, length, capacity, False, False))
     key = jax.eval_shape(lambda: jax.random.key(0))
     ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     prompts = _filling(max(1, slots // group), parts)
@@ -180,13 +181,16 @@ class _Engine:
         self.parts = parts
         self.config, self.sampling, self.noise = config, sampling, noise
         self.prompts, self.num_samples = prompts, num_samples
-        self.num_slots = _filling(min(slots, max(1, len(prompts) * num_samples)), parts)
+        answers = max(1, len(prompts) * num_samples)
+        self.num_slots = _filling(slots if 2 * answers > slots else answers, parts)
         self.group = min(num_samples, self.num_slots)
         self.refill = max(self.group, self.num_slots // 4)
         self.width = bucket(max(map(len, prompts), default=1))
         self.capacity = bucket(sampling.max_tokens)
+        self.length = bucket(max(map(len, prompts), default=1) + self.capacity, minimum=64)
         self.unstacked = jax.default_backend() == "cpu"
-        self.params = _unstack(config, params) if self.unstacked else params
+        self.params = params
+        self.decoder = _unstack(config, params) if self.unstacked else params
         pieces = [range(i, min(i + self.group, num_samples)) for i in range(0, num_samples, self.group)]
         self.waiting = [_Unit(p, piece) for p in range(len(prompts)) for piece in pieces][::-1]
         self.holds: list[tuple[int, int] | None] = [None] * self.num_slots
@@ -197,13 +201,13 @@ class _Engine:
             return []
         static = (self.config, self.sampling)
         key = jax.random.fold_in(jax.random.key(self.noise.seed), self.noise.step)
-        sizes = self.num_slots, self.width + self.capacity, self.capacity
+        sizes = self.num_slots, self.length, self.capacity
         state = _start(*static, *sizes, self.unstacked, return_kept)
         while self.waiting or any(self.holds):
             while self.waiting and self.holds.count(None) >= self.group:
                 state = _admit(*static, self.params, state, key, *self._next_units())
             enough = self.num_slots - self.refill if self.waiting else 0
-            state = _decode(*static, self.params, state, key, enough)
+            state = _decode(*static, self.decoder, state, key, enough)
             on_finish(self._collect(state))
         return self.answers
 
@@ -289,7 +293,7 @@ def _admit(
     """Prefill some prompts once each, copy their keys and values into the slots of their samples, draw first tokens."""
     count, width = prompts.shape
     group = slots.shape[1]
-    fresh = caches.empty(config, count, width, unstacked=isinstance(state.cache.key, tuple))
+    fresh = caches.empty(config, count, width)
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
     hidden, fresh = transformer.apply(config, params, prompts, positions=positions, cache=fresh)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
@@ -297,6 +301,8 @@ def _admit(
     slots, rows = slots.reshape(-1), rows.reshape(-1)
     token, logp = processing.draw(scores, _keys(key, rows, jnp.zeros_like(rows)), sampling)
     kept = processing.support(scores, sampling)[:, : state.kept.shape[-1]]
+    if isinstance(state.cache.key, tuple):
+        fresh = caches.unstack(fresh)
     cache = jax.tree.map(lambda old, new: _place(old, new, slots, group), state.cache, fresh)
 
     def put(old: Array, new: Array) -> Array:

@@ -88,6 +88,7 @@ def run(
                     _write(log, waiting)
                     with log.phase("checkpoint"):
                         checkpoints.save(cursor["iteration"], state, cursor)
+            _write(log, waiting)
     finally:
         checkpoints.close()
     return jax.block_until_ready(state)

@@ -41,8 +41,8 @@ def recipe(
         outcome: weight of the outcome advantage beside the teacher's term.
     """
     scale = mopd_scales.SCALES[base]
-    train = {domain: _part(source, "train") for domain, source in scale.domains.items()}
-    held_out = tuple(_part(source, "held_out") for source in scale.domains.values())
+    train = {source.domain: _part(source, "train") for source in scale.domains}
+    held_out = tuple(_part(source, "held_out") for source in scale.domains)
     forms = ["full", "sampled"] if objective == "both" else [objective or "full"]
     if objective is None and base == "tiny":
         forms = ["full", "sampled"]
@@ -50,7 +50,7 @@ def recipe(
     def score(name: str, model: str) -> str:
         return run(f"eval-{name}", Evaluate(model=model, tasks=held_out, **scale.evaluate))
 
-    start = run("start", scale.start(train) if scale.start else Convert(source=base))
+    start = run("start", scale.start(tuple(train.values())) if scale.start else Convert(source=base))
     entries = [Entry("start", score("start", start), ())]
 
     specialists: dict[str, str] = {}

@@ -1,6 +1,6 @@
 """Sizes of the `mopd` recipe: which tasks, how many steps, which learning rates, for each base model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,17 +21,17 @@ from ...train.sft import SFT
 class Scale:
     """Keyword arguments of the recipe's stages. `start` makes the starting model from the training tasks, if needed."""
 
-    domains: Mapping[str, TaskSource]
+    domains: tuple[TaskSource, ...]
     rl: Mapping[str, Any]
     distill: Mapping[str, Mapping[str, Any]]
     evaluate: Mapping[str, Any]
     ties: Mapping[str, Any] = field(default_factory=dict)
     mixture: int = 4096
-    start: Callable[[Mapping[str, TaskSource]], SFT] | None = None
+    start: Callable[[Sequence[TaskSource]], SFT] | None = None
 
 
-def _tiny_start(train: Mapping[str, TaskSource]) -> SFT:
-    tasks = Mixture(sources=tuple(train.values()), weights=(1.0,) * len(train), size=4096)
+def _tiny_start(train: Sequence[TaskSource]) -> SFT:
+    tasks = Mixture(sources=tuple(train), weights=(1.0,) * len(train), size=4096)
     return SFT(
         start="tiny",
         data=Demonstrations(tasks=tasks),
@@ -61,7 +61,7 @@ TINY_DISTILL = {
     "compute": TINY_COMPUTE,
 }
 TINY = Scale(
-    domains={name: Characters(operation=name) for name in ("reverse", "sort", "rotate")},
+    domains=tuple(Characters(operation=name) for name in ("reverse", "sort", "rotate")),
     start=_tiny_start,
     rl=TINY_RL,
     distill={"full": TINY_DISTILL, "sampled": TINY_DISTILL},
@@ -75,7 +75,7 @@ SMOLLM2_RL = {
     "prompts": 4,
     "group": 8,
     "rounds": 2,
-    "sampling": Sampling(max_tokens=16),
+    "sampling": Sampling(max_tokens=16, temperature=0.7),
     "optimizer": AdamW(learning_rate=1e-5),
     "compute": SMOLLM2_COMPUTE,
 }
@@ -83,16 +83,16 @@ SMOLLM2_DISTILL = {
     "steps": 16,
     "prompts": 24,
     "samples": 1,
-    "sampling": Sampling(max_tokens=16),
+    "sampling": Sampling(max_tokens=16, temperature=0.7),
     "optimizer": AdamW(learning_rate=1e-5),
     "compute": SMOLLM2_COMPUTE,
 }
 SMOLLM2 = Scale(
-    domains={
-        "arithmetic": Arithmetic(digits=1, operations=("+",)),
-        "instructions": Instructions(kinds=("capitals",)),
-        "reasoning": ReasoningGym(name="spell_backward", size=400, seed=0),
-    },
+    domains=(
+        Arithmetic(digits=1, operations=("+",)),
+        Instructions(kinds=("words_at_least",)),
+        ReasoningGym(name="gcd", size=300, system="Answer with a number.", config={"min_value": 2, "max_value": 20}),
+    ),
     rl=SMOLLM2_RL,
     distill={"full": SMOLLM2_DISTILL, "sampled": SMOLLM2_DISTILL},
     evaluate={"limit": 64, "sampling": Sampling(max_tokens=16, temperature=0.0), "compute": SMOLLM2_COMPUTE},
