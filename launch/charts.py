@@ -94,7 +94,7 @@ def scores(summary: Mapping[str, Any]) -> str:
     columns = min(3, len(names))
     depth = math.ceil(len(names) / columns)
     with mpl.rc_context({**STYLE, "svg.hashsalt": "scores"}):
-        figure = Figure(figsize=(1.4 + 2.9 * columns, depth * (0.8 + 0.27 * len(rows))), layout="constrained")
+        figure = Figure(figsize=(1.4 + 2.8 * columns, depth * (0.8 + 0.27 * len(rows))), layout="constrained")
         grid = figure.subplots(depth, columns, squeeze=False, sharey=True, sharex=True)
         for axes in grid.flat[len(names) :]:
             axes.set_visible(False)
@@ -117,7 +117,8 @@ def _panel(axes: Axes, domain: str, rows: Sequence[Mapping[str, Any]], teacher: 
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.grid(axis="y", visible=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(-3, 103)
+    axes.set_xlim(-5, 105)
+    axes.set_xticks([0, 25, 50, 75, 100])
     axes.set_title(domain, color=INK, fontweight="bold")
     axes.xaxis.set_major_formatter("{x:.0f}%")
 
@@ -131,5 +132,5 @@ def _svg(figure: Figure, label: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
         f'aria-label="{html.escape(label)}" viewBox="0 0 {width * 0.75:g} {height * 0.75:g}" '
-        f'style="width:100%;max-width:{width:.0f}px">{body.partition(">")[2]}'
+        f'style="width:{width:.0f}px;max-width:100%">{body.partition(">")[2]}'
     )

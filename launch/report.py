@@ -62,9 +62,7 @@ def summarise(out: Path, compared: Comparison) -> dict[str, Any]:
     gains = {d: (scores[start][d].mean, scores[teacher][d].mean) for d, teacher in compared.teachers.items()}
     return {
         "title": compared.title,
-        "rows": [
-            _row(entry, scores[entry.name], {} if entry.name == start else gains, out) for entry in compared.entries
-        ],
+        "rows": [_row(entry, scores[entry.name], {} if entry.name == start else gains) for entry in compared.entries],
         "teachers": dict(compared.teachers),
         "notes": [
             f"{domain}: its teacher {compared.teachers[domain]} gained nothing over {start} ({after:.1%}, was "
@@ -78,9 +76,7 @@ def summarise(out: Path, compared: Comparison) -> dict[str, Any]:
     }
 
 
-def _row(
-    entry: Entry, scores: Mapping[str, Score], gains: Mapping[str, tuple[float, float]], out: Path
-) -> dict[str, Any]:
+def _row(entry: Entry, scores: Mapping[str, Score], gains: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
     recovery = {domain: recovered(scores[domain].mean, *gain) for domain, gain in gains.items()}
     defined = [value for value in recovery.values() if value is not None]
     return {
@@ -88,7 +84,7 @@ def _row(
         "scores": {domain: score._asdict() for domain, score in scores.items()},
         "recovery": math.fsum(defined) / len(defined) if defined else None,
         "recovery_by_domain": recovery,
-        "seconds": math.fsum(sum(_stage_record(out / stage).seconds.values()) for stage in entry.stages),
+        "seconds": math.fsum(sum(_stage_record(Path(stage)).seconds.values()) for stage in entry.stages),
     }
 
 
