@@ -63,6 +63,7 @@ def posttrain(monkeypatch, capfd):
             cli.main()
             code = 0
         except SystemExit as error:
+            assert isinstance(error.code, int)
             code = error.code
         return code, *capfd.readouterr()
 
