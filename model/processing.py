@@ -1,5 +1,6 @@
 """From logits to a token: temperature, top-k, top-p, min-p, and the log-probability of what was drawn."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -20,6 +21,11 @@ class Sampling:
     min_p: float = 0.0
     stop_ids: tuple[int, ...] = ()
 
+    @property
+    def compiled(self) -> "Sampling":
+        """The part that programs are compiled for; temperature and length limit are inputs to them."""
+        return dataclasses.replace(self, max_tokens=1, temperature=1.0)
+
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}: ask for at least one token")
@@ -39,7 +45,10 @@ def kept(scores: Float[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]:
     (https://arxiv.org/abs/2407.01082) those at least min_p times as probable as the best. Ties with the last kept
     token are kept.
     """
-    scores = tempered(scores, sampling)
+    return _kept(tempered(scores, sampling.temperature), sampling)
+
+
+def _kept(scores: Float[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]:
     keep = jnp.ones(scores.shape, bool)
     if sampling.top_k and sampling.top_k < scores.shape[-1]:
         floor = jax.lax.top_k(scores, sampling.top_k)[0][:, -1:]
@@ -54,25 +63,32 @@ def kept(scores: Float[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]:
     return keep
 
 
-def tempered(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits at the sampling temperature; greedy (0) leaves them alone."""
-    return scores if sampling.temperature in (0, 1) else scores / sampling.temperature
+def tempered(scores: Float[Array, "B V"], temperature: Float[Array, "#B 1"] | float) -> Float[Array, "B V"]:
+    """Logits at a temperature; greedy (0) leaves them alone."""
+    return scores / jnp.where(temperature == 0, 1.0, temperature)
 
 
 def processed(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """Log-probabilities of the distribution that tokens are drawn from; -inf where a token was cut."""
-    logits = tempered(scores, sampling)
+    return _processed(tempered(scores, sampling.temperature), sampling)
+
+
+def _processed(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     if sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0:
-        logits = jnp.where(kept(scores, sampling), logits, -jnp.inf)
+        logits = jnp.where(_kept(logits, sampling), logits, -jnp.inf)
     return jax.nn.log_softmax(logits, axis=-1)
 
 
-def support(scores: Float[Array, "B V"], sampling: Sampling) -> UInt8[Array, "B W"]:
+def support(
+    scores: Float[Array, "B V"], sampling: Sampling, *, temperature: Float[Array, " B"] | None = None
+) -> UInt8[Array, "B W"]:
     """Which tokens can be drawn, eight to a byte (W = ceil(V / 8)), as `np.packbits` packs them."""
-    return jnp.packbits(kept(scores, sampling), axis=-1)
+    return jnp.packbits(_kept(tempered(scores, _column(temperature, sampling)), sampling), axis=-1)
 
 
-def draw(scores: Float[Array, "B V"], keys: Array, sampling: Sampling) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+def draw(
+    scores: Float[Array, "B V"], keys: Array, sampling: Sampling, *, temperature: Float[Array, " B"] | None = None
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """A token per row and its log-probability under the processed distribution.
 
     Greedy tokens report the log-probability of the untempered distribution.
@@ -81,13 +97,17 @@ def draw(scores: Float[Array, "B V"], keys: Array, sampling: Sampling) -> tuple[
         scores: float32 logits.
         keys: one PRNG key per row.
         sampling: how to draw.
+        temperature: one per row instead of the settings'; as an array, another one compiles nothing new.
     """
-    logp = processed(scores, sampling)
-    if sampling.temperature == 0:
-        token = jnp.argmax(scores, axis=-1)
-    else:
-        token = _categorical(logp, jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys))
+    warmth = _column(temperature, sampling)
+    logp = _processed(tempered(scores, warmth), sampling)
+    drawn = _categorical(logp, jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys))
+    token = jnp.where(warmth[:, 0] == 0, jnp.argmax(scores, axis=-1), drawn)
     return token.astype(jnp.int32), jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
+
+
+def _column(temperature: Float[Array, " B"] | None, sampling: Sampling) -> Float[Array, "#B 1"]:
+    return jnp.asarray([sampling.temperature] if temperature is None else temperature, jnp.float32)[:, None]
 
 
 def _categorical(logp: Float[Array, "B V"], uniform: Float[Array, "B 2"]) -> Int[Array, " B"]:

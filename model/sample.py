@@ -58,6 +58,7 @@ class _Slots(NamedTuple):
     row: Int[Array, " B"]
     count: Int[Array, " B"]
     limit: Int[Array, " B"]
+    temperature: Float[Array, " B"]
     active: Bool[Array, " B"]
     tokens: Int[Array, "B N"]
     logp: Float[Array, "B N"]
@@ -137,14 +138,15 @@ def programs(
     slots = _filling(slots, parts)
     width, capacity = bucket(prompt_tokens), bucket(sampling.max_tokens)
     length = bucket(prompt_tokens + capacity, minimum=64)
-    state = jax.eval_shape(partial(_start, config, sampling, slots, length, capacity, False, False))
+    dials = np.int32(sampling.max_tokens), np.float32(sampling.temperature)
+    state = jax.eval_shape(partial(_start, config, slots, length, capacity, False, False, *dials))
     key = jax.eval_shape(lambda: jax.random.key(0))
     ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     prompts = _filling(max(1, slots // group), parts)
     admitted = (ints((prompts, width)), ints((prompts,)), ints((prompts, group)), ints((prompts, group)))
     return {
-        "prefill": (partial(_admit, config, sampling), (params, state, key, *admitted)),
-        "decode": (partial(_decode, config, sampling), (params, state, key, ints(()))),
+        "prefill": (partial(_admit, config, sampling.compiled), (params, state, key, *admitted)),
+        "decode": (partial(_decode, config, sampling.compiled), (params, state, key, ints(()))),
     }
 
 
@@ -199,10 +201,11 @@ class _Engine:
     def run(self, on_finish: Callable[[int], None], *, return_kept: bool) -> list[list[Generation]]:
         if not self.prompts:
             return []
-        static = (self.config, self.sampling)
+        static = (self.config, self.sampling.compiled)
         key = jax.random.fold_in(jax.random.key(self.noise.seed), self.noise.step)
         sizes = self.num_slots, self.length, self.capacity
-        state = _start(*static, *sizes, self.unstacked, return_kept)
+        dials = np.int32(self.sampling.max_tokens), np.float32(self.sampling.temperature)
+        state = _start(self.config, *sizes, self.unstacked, return_kept, *dials)
         while self.waiting or any(self.holds):
             while self.waiting and self.holds.count(None) >= self.group:
                 state = _admit(*static, self.params, state, key, *self._next_units())
@@ -262,16 +265,18 @@ def _constrain(state: _Slots) -> _Slots:
     return _Slots(cache=cache, **rest)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _start(
-    config: ModelConfig, sampling: Sampling, slots: int, length: int, capacity: int, unstacked: bool, return_kept: bool
-) -> _Slots:
+    config: ModelConfig, slots: int, length: int, capacity: int, unstacked: bool, return_kept: bool,
+    limit: Array | np.int32, temperature: Array | np.float32,
+) -> _Slots:  # fmt: skip
     ints = partial(jnp.zeros, dtype=jnp.int32)
     return _constrain(
         _Slots(
             cache=caches.empty(config, slots, length, unstacked=unstacked),
             token=ints(slots), position=ints(slots), row=ints(slots), count=ints(slots),
-            limit=jnp.full(slots, sampling.max_tokens, jnp.int32), active=jnp.zeros(slots, bool),
+            limit=jnp.full(slots, limit, jnp.int32), temperature=jnp.full(slots, temperature, jnp.float32),
+            active=jnp.zeros(slots, bool),
             tokens=ints((slots, capacity)), logp=jnp.zeros((slots, capacity), jnp.float32),
             kept=jnp.zeros((slots, capacity, -(-config.vocab_size // 8) if return_kept else 0), jnp.uint8),
         )
@@ -299,8 +304,9 @@ def _admit(
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     scores = jnp.repeat(transformer.logits(config, params, last)[:, 0], group, axis=0)
     slots, rows = slots.reshape(-1), rows.reshape(-1)
-    token, logp = processing.draw(scores, _keys(key, rows, jnp.zeros_like(rows)), sampling)
-    kept = processing.support(scores, sampling)[:, : state.kept.shape[-1]]
+    warmth = jnp.broadcast_to(state.temperature[0], rows.shape)
+    token, logp = processing.draw(scores, _keys(key, rows, jnp.zeros_like(rows)), sampling, temperature=warmth)
+    kept = processing.support(scores, sampling, temperature=warmth)[:, : state.kept.shape[-1]]
     if isinstance(state.cache.key, tuple):
         fresh = caches.unstack(fresh)
     cache = jax.tree.map(lambda old, new: _place(old, new, slots, group), state.cache, fresh)
@@ -315,7 +321,7 @@ def _admit(
             position=put(state.position, jnp.repeat(lengths, group)),
             row=put(state.row, rows),
             count=put(state.count, jnp.ones_like(rows)),
-            active=put(state.active, ~_stops(token, sampling) & (sampling.max_tokens > 1)),
+            active=put(state.active, ~_stops(token, sampling) & (state.limit[0] > 1)),
             tokens=state.tokens.at[slots, 0].set(token, mode="drop"),
             logp=state.logp.at[slots, 0].set(logp, mode="drop"),
             kept=state.kept.at[slots, 0].set(kept, mode="drop"),
@@ -342,8 +348,9 @@ def _decode(
             config, params, state.token[:, None], positions=state.position[:, None], cache=state.cache
         )
         scores = transformer.logits(config, params, hidden)[:, 0]
-        token, logp = processing.draw(scores, _keys(key, state.row, state.count), sampling)
-        kept = processing.support(scores, sampling)[:, : state.kept.shape[-1]]
+        warmth = state.temperature
+        token, logp = processing.draw(scores, _keys(key, state.row, state.count), sampling, temperature=warmth)
+        kept = processing.support(scores, sampling, temperature=warmth)[:, : state.kept.shape[-1]]
         active = state.active
         place = jnp.where(active, state.count, state.tokens.shape[1])
         every = jnp.arange(active.shape[0])

@@ -239,7 +239,7 @@ class Distill:
             teacher = teachers(domain)
         for micro in micros:
             with log.phase("teacher"):
-                fields, constants = self.objective.teach(*teacher, micro, temperature=temperature)
+                fields, constants = self.objective.teach(*teacher, micro, temperature=self.sampling.temperature or 1.0)
                 jax.block_until_ready(fields)
             with log.phase("train"):
                 sums = jax.block_until_ready(updater.add(sums, now, {**micro, **fields}, *constants))

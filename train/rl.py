@@ -144,6 +144,7 @@ class RL:
                 rollout.write(out / "rollouts", cursor["iteration"], groups, tokenizer.decode)
                 with log.phase("train"):
                     now, learned = self._learn(config, updater, (now, reference), self._micro_batches(groups, mesh))
+                    jax.block_until_ready(now)  # the next rollouts need it at once; so the time is charged rightly
                 return now, {**cursor, "next_task": taken}, metrics | learned
 
             final = loop.run(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import rich.console
 import tyro
 
@@ -49,6 +50,7 @@ def train(recipe: Callable[..., Any], out: Path, *, smoke: bool, options: dict[s
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, loop.request_stop)
     with lock.held(out):
+        _remember_compilations(out)
         try:
             found = recipe(Training(out, smoke=smoke), **options)
         finally:
@@ -56,6 +58,13 @@ def train(recipe: Callable[..., Any], out: Path, *, smoke: bool, options: dict[s
         if isinstance(found, Comparison):
             comparison.write(found, out)
         show(out)
+
+
+def _remember_compilations(out: Path) -> None:
+    """Keep compiled programs in the run folder: stages of equal shapes, and runs that go on, compile them once."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str((out / ".compiled").resolve()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def show(out: Path) -> None:

@@ -69,7 +69,7 @@ TINY = Scale(
     ties={"density": 0.5},
 )
 
-SMOLLM2_COMPUTE = Compute(row_tokens=256, micro_rows=2, slots=64, save_every=10)
+SMOLLM2_COMPUTE = Compute(row_tokens=256, micro_rows=2, slots=32, save_every=10)
 SMOLLM2_RL = {
     "steps": 16,
     "prompts": 4,
