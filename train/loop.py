@@ -13,6 +13,7 @@ from .metrics import Log
 from .step import State
 
 Cursor = dict[str, Any]
+_Line = tuple[int, Mapping[str, Any], dict[str, float]]
 Iterate = Callable[[State, Cursor, Log], tuple[State, Cursor, Mapping[str, Any]]]
 
 
@@ -69,7 +70,7 @@ def run(
         state, cursor = checkpoints.restore(done, abstract)
     try:
         with Log(out, title=title, total=steps, start=cursor["iteration"]) as log:
-            waiting: list[tuple[int, Mapping[str, Any]]] = []
+            waiting: list[_Line] = []
             while cursor["iteration"] < steps:
                 try:
                     check_stop()
@@ -82,7 +83,7 @@ def run(
                     # Read the numbers of the step before only now: this step is already on its way.
                     _write(log, waiting)
                 cursor = {**cursor, "iteration": cursor["iteration"] + 1}
-                waiting.append((cursor["iteration"], metrics))
+                waiting.append((cursor["iteration"], metrics, log.lap()))
                 if cursor["iteration"] % save_every == 0 and cursor["iteration"] < steps:
                     # The line comes before the checkpoint: a run that goes on from step n must find the line of step n.
                     _write(log, waiting)
@@ -94,7 +95,7 @@ def run(
     return jax.block_until_ready(state)
 
 
-def _write(log: Log, waiting: list[tuple[int, Mapping[str, Any]]]) -> None:
+def _write(log: Log, waiting: list[_Line]) -> None:
     """Write the lines that wait, once."""
     while waiting:
         log.write(*waiting.pop(0))

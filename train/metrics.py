@@ -73,11 +73,16 @@ class Log:
         self.seconds["compile"] += duration
         self._nested += duration
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append the line of a step and move the bar to it."""
-        numbers = {name: _plain(value) for name, value in values.items()}
-        line = {"step": step, **numbers, "seconds": {k: round(v, 4) for k, v in self.seconds.items()}}
+    def lap(self) -> dict[str, float]:
+        """Seconds by phase since the last lap."""
+        seconds = {name: round(value, 4) for name, value in self.seconds.items()}
         self.seconds.clear()
+        return seconds
+
+    def write(self, step: int, values: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> None:
+        """Append the line of a step, with the seconds of a lap (now unless given), and move the bar to it."""
+        numbers = {name: _plain(value) for name, value in values.items()}
+        line = {"step": step, **numbers, "seconds": dict(self.lap() if seconds is None else seconds)}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         shown = [name for name in ("reward", "kl", "loss") if name in numbers][:2]
