@@ -96,7 +96,7 @@ def with_stops(sampling: Sampling, model: Model) -> Sampling:
     return Sampling(**{**sampling.__dict__, "stop_ids": stops})
 
 
-def group(rollouts: Sequence[Rollout], **fields: Sequence[float] | Sequence[np.ndarray]) -> Group:
+def group(rollouts: Sequence[Rollout], **fields: Sequence[float] | Sequence[np.ndarray] | np.ndarray) -> Group:
     """The answers to one prompt as a group to pack; `fields` hold one value, or one array per token, per answer."""
     answers = [
         Example(
