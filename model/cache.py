@@ -25,12 +25,9 @@ class Cache(NamedTuple):
         return self.key[0].shape[2]
 
 
-def empty(config: ModelConfig, batch: int, slots: int, *, unstacked: bool = False) -> Cache:
+def empty(config: ModelConfig, batch: int, slots: int) -> Cache:
     """A cache of zeros for `batch` rows of up to `slots` positions, in the model's compute type."""
-    shape = (batch, config.num_kv_heads, slots, config.head_dim)
-    if unstacked:
-        return Cache(*(tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers)) for _ in range(2)))
-    shape = (config.num_layers, *shape)
+    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
@@ -61,7 +58,10 @@ def write(
 
 
 def unstack(cache: Cache) -> Cache:
-    """The same cache with a tuple of layers."""
-    return Cache(
-        tuple(cache.key[i] for i in range(len(cache.key))), tuple(cache.value[i] for i in range(len(cache.value)))
-    )
+    """The same cache with a tuple of layers, as `apply` wants it beside unstacked weights."""
+    return Cache(*(tuple(part[layer] for layer in range(len(part))) for part in cache))
+
+
+def stack(cache: Cache) -> Cache:
+    """The inverse of `unstack`."""
+    return Cache(*(jnp.stack(part) for part in cache))

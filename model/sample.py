@@ -23,6 +23,7 @@ from .config import ModelConfig
 from .processing import Sampling
 
 MAX_STOPS = 8
+MIN_LENGTH = 96  # of the cache: short prompts of any kind share one decoding program
 
 
 class Generation(NamedTuple):
@@ -137,9 +138,9 @@ def programs(
     """
     slots = _filling(slots, parts)
     width, capacity = bucket(prompt_tokens), bucket(sampling.max_tokens)
-    length = bucket(prompt_tokens + capacity, minimum=64)
+    length = bucket(prompt_tokens + capacity, minimum=MIN_LENGTH)
     dials = np.int32(sampling.max_tokens), np.float32(sampling.temperature)
-    state = jax.eval_shape(partial(_start, config, slots, length, capacity, False, False, *dials))
+    state = jax.eval_shape(partial(_start, config, slots, length, capacity, False, *dials))
     key = jax.eval_shape(lambda: jax.random.key(0))
     ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     prompts = _filling(max(1, slots // group), parts)
@@ -183,16 +184,14 @@ class _Engine:
         self.parts = parts
         self.config, self.sampling, self.noise = config, sampling, noise
         self.prompts, self.num_samples = prompts, num_samples
-        answers = max(1, len(prompts) * num_samples)
-        self.num_slots = _filling(slots if 2 * answers > slots else answers, parts)
+        self.num_slots = _filling(slots, parts)
         self.group = min(num_samples, self.num_slots)
         self.refill = max(self.group, self.num_slots // 4)
         self.width = bucket(max(map(len, prompts), default=1))
         self.capacity = bucket(sampling.max_tokens)
-        self.length = bucket(max(map(len, prompts), default=1) + self.capacity, minimum=64)
-        self.unstacked = jax.default_backend() == "cpu"
+        self.length = bucket(max(map(len, prompts), default=1) + self.capacity, minimum=MIN_LENGTH)
         self.params = params
-        self.decoder = _unstack(config, params) if self.unstacked else params
+        self.decoder = _unstack(config, params) if jax.default_backend() == "cpu" else params
         pieces = [range(i, min(i + self.group, num_samples)) for i in range(0, num_samples, self.group)]
         self.waiting = [_Unit(p, piece) for p in range(len(prompts)) for piece in pieces][::-1]
         self.holds: list[tuple[int, int] | None] = [None] * self.num_slots
@@ -205,7 +204,7 @@ class _Engine:
         key = jax.random.fold_in(jax.random.key(self.noise.seed), self.noise.step)
         sizes = self.num_slots, self.length, self.capacity
         dials = np.int32(self.sampling.max_tokens), np.float32(self.sampling.temperature)
-        state = _start(self.config, *sizes, self.unstacked, return_kept, *dials)
+        state = _start(self.config, *sizes, return_kept, *dials)
         while self.waiting or any(self.holds):
             while self.waiting and self.holds.count(None) >= self.group:
                 state = _admit(*static, self.params, state, key, *self._next_units())
@@ -218,7 +217,7 @@ class _Engine:
         """Prompts [A, P], lengths [A], slots [A, G], rows [A, G] of what is admitted next; slot num_slots is nobody."""
         free = [slot for slot, held in enumerate(self.holds) if held is None]
         count = min(len(self.waiting), len(free) // self.group)
-        size = _filling(count, self.parts)
+        size = _filling(self._admitted(count), self.parts)
         tokens = np.zeros((size, self.width), np.int32)
         lengths = np.ones(size, np.int32)
         slots = np.full((size, self.group), self.num_slots, np.int32)
@@ -233,6 +232,11 @@ class _Engine:
                 rows[index, place] = self.noise.first_row + unit.prompt * self.num_samples + sample
                 self.holds[slots[index, place]] = (unit.prompt, sample)
         return tokens, lengths, slots, rows
+
+    def _admitted(self, count: int) -> int:
+        """Room for `count` prompts: all the slots, or a half, a quarter or an eighth of them. Few shapes to compile."""
+        most = self.num_slots // self.group
+        return next(room for room in (-(-most // 8), -(-most // 4), -(-most // 2), most) if room >= count)
 
     def _collect(self, state: _Slots) -> int:
         """Take finished answers out of their slots; returns how many."""
@@ -259,21 +263,20 @@ def _unstack(config: ModelConfig, params: transformer.Params) -> transformer.Par
 def _constrain(state: _Slots) -> _Slots:
     """Slots over the data axes, heads over the tensor axis."""
     put = meshes.constrain
-    axes = caches.AXES if not isinstance(state.cache.key, tuple) else caches.AXES[1:]
-    cache = jax.tree.map(lambda x: put(x, *axes), state.cache)
+    cache = jax.tree.map(lambda x: put(x, *caches.AXES[-x.ndim :]), state.cache)
     rest = {name: put(x, "batch", *([None] * (x.ndim - 1))) for name, x in state._asdict().items() if name != "cache"}
     return _Slots(cache=cache, **rest)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _start(
-    config: ModelConfig, slots: int, length: int, capacity: int, unstacked: bool, return_kept: bool,
+    config: ModelConfig, slots: int, length: int, capacity: int, return_kept: bool,
     limit: Array | np.int32, temperature: Array | np.float32,
 ) -> _Slots:  # fmt: skip
     ints = partial(jnp.zeros, dtype=jnp.int32)
     return _constrain(
         _Slots(
-            cache=caches.empty(config, slots, length, unstacked=unstacked),
+            cache=caches.empty(config, slots, length),
             token=ints(slots), position=ints(slots), row=ints(slots), count=ints(slots),
             limit=jnp.full(slots, limit, jnp.int32), temperature=jnp.full(slots, temperature, jnp.float32),
             active=jnp.zeros(slots, bool),
@@ -307,8 +310,6 @@ def _admit(
     warmth = jnp.broadcast_to(state.temperature[0], rows.shape)
     token, logp = processing.draw(scores, _keys(key, rows, jnp.zeros_like(rows)), sampling, temperature=warmth)
     kept = processing.support(scores, sampling, temperature=warmth)[:, : state.kept.shape[-1]]
-    if isinstance(state.cache.key, tuple):
-        fresh = caches.unstack(fresh)
     cache = jax.tree.map(lambda old, new: _place(old, new, slots, group), state.cache, fresh)
 
     def put(old: Array, new: Array) -> Array:
@@ -330,11 +331,8 @@ def _admit(
 
 
 def _place(old: Array, new: Array, slots: Int[Array, " AG"], group: int) -> Array:
-    """Copy [.., A, N, P, K] prompt keys into the first P positions of their samples' slots of [.., B, N, S, K]."""
-    batch_dim = old.ndim - 4
-    repeated = jnp.repeat(new, group, axis=batch_dim)
-    index = (slice(None),) * batch_dim + (slots, slice(None), slice(0, new.shape[-2]))
-    return old.at[index].set(repeated, mode="drop")
+    """Copy [L, A, N, P, K] prompt keys into the first P positions of their samples' slots of [L, B, N, S, K]."""
+    return old.at[:, slots, :, : new.shape[-2]].set(jnp.repeat(new, group, axis=1), mode="drop")
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
@@ -370,7 +368,10 @@ def _decode(
 
     running = jnp.sum(state.active)
     enough = jnp.where(running > enough, enough, jnp.maximum(running - 1, 0))
-    return jax.lax.while_loop(lambda s: jnp.sum(s.active) > enough, step, state)
+    unstacked = isinstance(params["layers"], tuple)
+    state = state._replace(cache=caches.unstack(state.cache)) if unstacked else state
+    state = jax.lax.while_loop(lambda s: jnp.sum(s.active) > enough, step, state)
+    return state._replace(cache=caches.stack(state.cache)) if unstacked else state
 
 
 def _stops(token: Int[Array, " B"], sampling: Sampling) -> Bool[Array, " B"]:

@@ -124,7 +124,8 @@ def test_decoding_equals_prefill_at_every_position_of_ragged_rows(params, unstac
     conversations = rows(*lengths)
     slots = 10
     weights = transformer.unstack(CONFIG, params) if unstacked else params
-    state = jax.tree.map(lambda x: x + 100.0, cache.empty(CONFIG, 3, slots, unstacked=unstacked))
+    state = jax.tree.map(lambda x: x + 100.0, cache.empty(CONFIG, 3, slots))
+    state = cache.unstack(state) if unstacked else state
     step = jit(lambda tokens, positions, state: model.apply(CONFIG, weights, tokens, positions=positions, cache=state))
     seen = [[], [], []]
     for time in range(max(lengths) + 2):

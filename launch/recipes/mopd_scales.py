@@ -69,9 +69,9 @@ TINY = Scale(
     ties={"density": 0.5},
 )
 
-SMOLLM2_COMPUTE = Compute(row_tokens=256, micro_rows=2, slots=32, save_every=10)
+SMOLLM2_COMPUTE = Compute(row_tokens=256, micro_rows=1, slots=32, save_every=10)
 SMOLLM2_RL = {
-    "steps": 16,
+    "steps": 12,
     "prompts": 4,
     "group": 8,
     "rounds": 2,
@@ -80,11 +80,11 @@ SMOLLM2_RL = {
     "compute": SMOLLM2_COMPUTE,
 }
 SMOLLM2_DISTILL = {
-    "steps": 16,
-    "prompts": 24,
-    "samples": 1,
+    "steps": 12,
+    "prompts": 12,
+    "samples": 2,
     "sampling": Sampling(max_tokens=16, temperature=0.7),
-    "optimizer": AdamW(learning_rate=1e-5),
+    "optimizer": AdamW(learning_rate=2e-5),
     "compute": SMOLLM2_COMPUTE,
 }
 SMOLLM2 = Scale(
@@ -95,6 +95,6 @@ SMOLLM2 = Scale(
     ),
     rl=SMOLLM2_RL,
     distill={"full": SMOLLM2_DISTILL, "sampled": SMOLLM2_DISTILL},
-    evaluate={"limit": 64, "sampling": Sampling(max_tokens=16, temperature=0.0), "compute": SMOLLM2_COMPUTE},
+    evaluate={"limit": 48, "sampling": Sampling(max_tokens=16, temperature=0.0), "compute": SMOLLM2_COMPUTE},
 )
 SCALES = {"smollm2": SMOLLM2, "tiny": TINY}
