@@ -1,1 +1,1 @@
-"""posttrain: post-training of language models in JAX, from SFT to multi-teacher distillation, on TPU pods and laptops."""
+"""Post-training of language models in JAX, from SFT to multi-teacher distillation, on TPU pods and laptops."""

@@ -69,18 +69,18 @@ TINY = Scale(
     ties={"density": 0.5},
 )
 
-SMOLLM2_COMPUTE = Compute(row_tokens=256, micro_rows=1, slots=32, save_every=10)
+SMOLLM2_COMPUTE = Compute(row_tokens=256, micro_rows=2, slots=32, save_every=10)
 SMOLLM2_RL = {
-    "steps": 12,
+    "steps": 8,
     "prompts": 4,
     "group": 8,
     "rounds": 2,
     "sampling": Sampling(max_tokens=16, temperature=0.7),
-    "optimizer": AdamW(learning_rate=1e-5),
+    "optimizer": AdamW(learning_rate=1.5e-5),
     "compute": SMOLLM2_COMPUTE,
 }
 SMOLLM2_DISTILL = {
-    "steps": 12,
+    "steps": 10,
     "prompts": 12,
     "samples": 2,
     "sampling": Sampling(max_tokens=16, temperature=0.7),
@@ -95,6 +95,6 @@ SMOLLM2 = Scale(
     ),
     rl=SMOLLM2_RL,
     distill={"full": SMOLLM2_DISTILL, "sampled": SMOLLM2_DISTILL},
-    evaluate={"limit": 48, "sampling": Sampling(max_tokens=16, temperature=0.0), "compute": SMOLLM2_COMPUTE},
+    evaluate={"limit": 40, "sampling": Sampling(max_tokens=16, temperature=0.0), "compute": SMOLLM2_COMPUTE},
 )
 SCALES = {"smollm2": SMOLLM2, "tiny": TINY}
