@@ -79,3 +79,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def batch_parts(mesh: Mesh) -> int:
     """Number of parts that a batch's rows are split into."""
     return math.prod(mesh.shape[axis] for axis in rules.RULES["batch"])
+
+
+def current_parts(axis: str, size: int) -> int:
+    """Number of parts that a logical axis of this size is split into on the mesh set by `jax.set_mesh`; 1 without."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    where = NamedSharding(mesh, rules.spec((axis,), (size,), mesh))
+    return size // where.shard_shape((size,))[0]

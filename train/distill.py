@@ -115,7 +115,8 @@ class FullVocabulary:
         def compute(params: Any, batch: Any, teacher_head: Any) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
             hidden, weights = _student(config, params, batch)
             head = transformer.head(config, params)
-            gap = distill.chunked_reverse_kl(hidden, head, batch["teacher_hidden"], teacher_head, chunk=self.chunk)
+            split = {"chunk": self.chunk, "vocab_shards": meshes.current_parts("vocab", head.shape[1])}
+            gap = distill.chunked_reverse_kl(hidden, head, batch["teacher_hidden"], teacher_head, **split)
             per_token = gap
             if self.outcome:
                 logp = transformer.token_logp(config, params, hidden, batch["targets"], temperature=temperature)
