@@ -48,8 +48,8 @@ class _Merging:
             for index, arrivals in enumerate(zip(*streams, strict=True)):
                 with log.phase("merge"):
                     name, tensors = arrivals[0][0], [tensor for _, tensor in arrivals]
-                    merged = jax.block_until_ready(self._leaf(name, tensors))
-                checkpoint.put_leaf(params, name, jax.device_put(merged, tensors[0].sharding))
+                    merge = jax.jit(functools.partial(self._leaf, name), out_shardings=tensors[0].sharding)
+                    checkpoint.put_leaf(params, name, jax.block_until_ready(merge(tensors)))
                 log.write(index + 1, {})
         checkpoint.save_model(out / "model", checkpoint.Model(config, params, checkpoint.open_tokenizer(paths[0])))
 

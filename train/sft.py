@@ -54,6 +54,11 @@ def batch(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], *, l
     examples = []
     for conversation in conversations:
         tokens, mask = chat.render_with_mask(tokenizer, conversation)
+        if len(tokens) > length:
+            raise ValueError(
+                f"a conversation has {len(tokens)} tokens and a row {length}: raise row_tokens or leave it out; "
+                f"it begins {str(conversation[0]['content'])[:60]!r}"
+            )
         examples.append(Example(tokens=tokens, mask=mask))
     return pack(examples, length=length).batch
 
