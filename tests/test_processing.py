@@ -51,8 +51,8 @@ def test_frequencies_match_the_probabilities(sampling):
     num, vocab = 20_000, 300
     scores = np.random.default_rng(2).normal(0, 2, vocab).astype(np.float32)
     keys = jax.random.split(jax.random.key(7), num)
-    draw = jax.jit(lambda keys: processing.draw(jnp.broadcast_to(scores, (num, vocab)), keys, sampling))
-    tokens, logp = (np.asarray(x) for x in draw(keys))
+    draw = jax.jit(lambda row, keys: processing.draw(jnp.broadcast_to(row, (num, vocab)), keys, sampling))
+    tokens, logp = (np.asarray(x) for x in draw(jnp.asarray(scores), keys))
     expected = reference(scores, sampling)
     np.testing.assert_allclose(np.exp(logp), expected[tokens], rtol=1e-4)
     assert np.all(expected[tokens] > 0)

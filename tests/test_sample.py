@@ -176,7 +176,7 @@ def test_eight_devices_say_what_one_says_with_the_cache_split_over_them(params, 
     same(generate(sharded, prompts, mesh=mesh), answers)
     tensor = split.get("tensor", 1)
     for whole, part in caches[0] + caches[-1]:
-        assert part == (whole[0] * tensor // 8, whole[1] // tensor, *whole[2:])
+        assert part == (whole[0], whole[1] * tensor // 8, whole[2] // tensor, *whole[3:])
 
 
 def test_errors_name_the_prompt_and_the_numbers(params):
