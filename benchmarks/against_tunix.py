@@ -239,7 +239,7 @@ def main(args: Args) -> None:
         if reason is None and args.tunix_python is not None:
             flat = jax.tree_util.tree_leaves_with_path(params)
             weights = {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(x) for path, x in flat}
-            np.savez(Path(folder, "weights.npz"), **weights)
+            np.savez(Path(folder, "weights.npz"), **weights)  # pyright: ignore[reportArgumentType]
             np.savez(Path(folder, "batch.npz"), tokens=tokens)
             peer = Peer(args.tunix_python, Path(folder), peer_settings(workloads))
             stack.callback(peer.close)

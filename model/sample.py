@@ -57,7 +57,7 @@ class _Slots(NamedTuple):
     token: Int[Array, " B"]
     position: Int[Array, " B"]
     row: Int[Array, " B"]
-    count: Int[Array, " B"]
+    count: Int[Array, " B"]  # pyright: ignore[reportIncompatibleMethodOverride]
     limit: Int[Array, " B"]
     temperature: Float[Array, " B"]
     active: Bool[Array, " B"]

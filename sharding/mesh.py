@@ -18,7 +18,7 @@ def make_mesh(
     expert: int = 1,
     context: int = 1,
     tensor: int = 1,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Mesh:
     """A mesh with the axes (data, fsdp, expert, context, tensor); one size may be -1, "the devices that remain".
 

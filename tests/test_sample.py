@@ -146,10 +146,10 @@ def test_the_stop_token_is_kept_and_a_cut_answer_says_so(answers):
 
 
 def test_other_prompt_lengths_and_numbers_of_a_bucket_compile_nothing(params, prompts, answers):
-    compiled = sample._admit._cache_size(), sample._decode._cache_size(), sample._start._cache_size()
+    compiled = sample._admit._cache_size(), sample._decode._cache_size(), sample._start._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
     generate(params, [prompt + [1] * (16 - len(prompt)) for prompt in prompts], noise=Noise(seed=3))
     generate(params, [*prompts[::-1], [5, 6, 7]])
-    assert (sample._admit._cache_size(), sample._decode._cache_size(), sample._start._cache_size()) == compiled
+    assert (sample._admit._cache_size(), sample._decode._cache_size(), sample._start._cache_size()) == compiled  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_the_cache_is_allocated_once_and_updated_in_place(params, prompts, monkeypatch):

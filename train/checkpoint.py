@@ -70,7 +70,7 @@ class Checkpoints:
         restore = ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
         with _explained(self.folder):
             both = self._manager.restore(step, args=ocp.args.Composite(state=restore, cursor=ocp.args.JsonRestore()))
-        return both.state, dict(both.cursor)
+        return both.state, dict(both.cursor)  # pyright: ignore[reportAttributeAccessIssue]
 
     def wait(self) -> None:
         """Block until what was started is on disk."""

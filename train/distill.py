@@ -217,7 +217,7 @@ class Distill:
                 for domain, own in _by_domain(groups, self.teachers).items():
                     sums = self._add(sums, now, (updater, teachers, log), domain, self._micro_batches(own, mesh))
                 with log.phase("train"):
-                    now, metrics = updater.finish(now, sums)
+                    now, metrics = updater.finish(now, sums)  # pyright: ignore[reportArgumentType]
                 return now, cursor, {**rollout.statistics(groups), **metrics}
 
             final = loop.run(

@@ -20,7 +20,7 @@ def _on_duration(event: str, duration: float, **_: Any) -> None:
         _running[-1].add_compile(duration)
 
 
-jax.monitoring.register_event_duration_secs_listener(_on_duration)
+jax.monitoring.register_event_duration_secs_listener(_on_duration)  # pyright: ignore[reportArgumentType]
 
 
 class Log:

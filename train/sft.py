@@ -93,7 +93,7 @@ class SFT:
                 sums = None
                 for micro in micro_batches(rows, self.compute.rows(mesh), mesh):
                     sums = updater.add(sums, state, micro)
-                state, metrics = updater.finish(state, sums)
+                state, metrics = updater.finish(state, sums)  # pyright: ignore[reportArgumentType]
             return state, cursor, metrics
 
         final = loop.run(

@@ -29,8 +29,8 @@ def abstract(config: ModelConfig, optimizer: optax.GradientTransformation, mesh:
     step = jax.ShapeDtypeStruct((), jnp.int32)
     return jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
-        State(shapes, opt_shapes, step),
-        State(params_at, opt_at, meshes.replicated(mesh)),
+        State(shapes, opt_shapes, step),  # pyright: ignore[reportArgumentType]
+        State(params_at, opt_at, meshes.replicated(mesh)),  # pyright: ignore[reportArgumentType]
     )
 
 

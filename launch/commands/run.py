@@ -62,7 +62,7 @@ def train(recipe: Callable[..., Any], out: Path, *, smoke: bool, options: dict[s
 
 def _remember_compilations(out: Path) -> None:
     """Keep compiled programs in the run folder: stages of equal shapes, and runs that go on, compile them once."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str((out / ".compiled").resolve()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
