@@ -170,7 +170,7 @@ def test_the_updater_takes_the_same_step_in_micro_batches(batch, whole, rows):
     close(metrics, whole[1], 1e-5)
     assert int(after.step) == 1
     compiled = updater._accumulate, updater._update
-    assert [program._cache_size() for program in compiled] == [1, 1]  # pyright: ignore[reportOptionalMemberAccess]
+    assert [program._cache_size() for program in compiled] == [1, 1]  # pyright: ignore
 
 
 def test_the_state_is_made_sharded_and_no_device_holds_a_whole_matrix():
