@@ -1,5 +1,6 @@
 """Distillation: nothing to learn from oneself, each answer scored by its own domain's teacher, one at a time."""
 
+import functools
 from functools import partial
 
 import jax
@@ -66,14 +67,19 @@ def packed(groups, student):
     return jax.device_put(batch)
 
 
-def accumulate(objective, student, teacher, batch):
-    fields, constants = objective.teach(CONFIG, teacher, batch)
+@functools.cache
+def compiled(objective):
     loss = objective.loss(CONFIG)
 
     def run(params, batch, *constants):
         return step.make_accumulate(loss)(step.zero_sums(loss, params, batch, *constants), params, batch, *constants)
 
-    return jax.jit(run)(student, {**batch, **fields}, *constants)
+    return jax.jit(run)
+
+
+def accumulate(objective, student, teacher, batch):
+    fields, constants = objective.teach(CONFIG, teacher, batch)
+    return compiled(objective)(student, {**batch, **fields}, *constants)
 
 
 def size(tree):

@@ -1,5 +1,6 @@
 """RL: what is learned from, what is left out, and that the reward goes up."""
 
+import functools
 import json
 import signal
 
@@ -56,11 +57,18 @@ def batch(params):
     return jax.device_put({**packed, "behavior_logp": logp, "old_logp": logp, "reference_logp": logp})
 
 
-def gradient(loss, params, batch):
+@functools.cache
+def compiled(objective, temperature):
+    loss = rl.loss(CONFIG, objective, temperature=temperature)
+
     def run(params, batch):
         return step.make_accumulate(loss)(step.zero_sums(loss, params, batch), params, batch)
 
-    return jax.jit(run)(params, batch)
+    return jax.jit(run)
+
+
+def gradient(params, batch, objective=None, temperature=1.0):
+    return compiled(objective, temperature)(params, batch)
 
 
 def flat(tree):
@@ -82,12 +90,12 @@ def stage(**settings) -> RL:
 def test_equal_rewards_give_no_gradient_at_all(params):
     (micro,) = stage(prompts=2)._pack([judged(0.7, 0.7, 0.7), judged(0.0, 0.0, 0.0)], one_device())
     assert np.sum(micro["mask"]) == 6
-    sums = gradient(rl.loss(CONFIG), params, micro)
+    sums = gradient(params, micro)
     assert np.all(flat(sums.grads) == 0) and sums.loss == 0
 
 
 def test_unequal_rewards_raise_the_better_answer_and_lower_the_worse(params, batch):
-    sums = gradient(rl.loss(CONFIG), params, batch)
+    sums = gradient(params, batch)
     after = jax.tree.map(lambda p, g: p - 0.01 * g, params, sums.grads)
     moved = (np.asarray(score.token_logp(CONFIG, after, batch)) - batch["old_logp"]) * batch["advantage"]
     assert np.sum(moved) > 0.01
@@ -96,35 +104,31 @@ def test_unequal_rewards_raise_the_better_answer_and_lower_the_worse(params, bat
 def test_at_the_first_update_the_ratio_is_one_and_nothing_is_clipped(params, batch):
     tight = Objective(clip_low=1e-4, clip_high=1e-4)
     given = {name: value for name, value in batch.items() if name != "old_logp"}
-    sums = gradient(rl.loss(CONFIG, tight), params, given)
+    sums = gradient(params, given, tight)
     assert sums.metrics["clipped"] == 0
     np.testing.assert_allclose(sums.metrics["mismatch"], 0, atol=1e-4)
     off = {**batch, "old_logp": batch["old_logp"] - 0.1 * np.sign(batch["advantage"])}
-    assert gradient(rl.loss(CONFIG, tight), params, off).metrics["clipped"] == np.sum(batch["mask"])
+    assert gradient(params, off, tight).metrics["clipped"] == np.sum(batch["mask"])
 
 
 def test_the_temperature_of_sampling_is_that_of_training(params, batch):
     cold = np.asarray(score.token_logp(CONFIG, params, batch, temperature=0.5))
     given = {**batch, "behavior_logp": cold}
     del given["old_logp"]
-    np.testing.assert_allclose(
-        gradient(rl.loss(CONFIG, temperature=0.5), params, given).metrics["mismatch"], 0, atol=1e-4
-    )
-    assert gradient(rl.loss(CONFIG), params, given).metrics["mismatch"] > 1
+    np.testing.assert_allclose(gradient(params, given, temperature=0.5).metrics["mismatch"], 0, atol=1e-4)
+    assert gradient(params, given).metrics["mismatch"] > 1
 
 
 def test_the_kl_term_pulls_towards_the_reference(params, batch):
     reference = jax.jit(lambda key: transformer.init(CONFIG, key))(jax.random.key(1))
     given = {**batch, "advantage": np.zeros_like(batch["advantage"])}
     given["reference_logp"] = np.asarray(score.token_logp(CONFIG, reference, batch))
-    sums = gradient(rl.loss(CONFIG, Objective(kl_weight=1.0)), params, given)
+    sums = gradient(params, given, Objective(kl_weight=1.0))
     after = jax.tree.map(lambda p, g: p - 0.003 * g, params, sums.grads)
     moved = np.asarray(score.token_logp(CONFIG, after, batch)) - batch["old_logp"]
     wanted = (given["reference_logp"] - batch["old_logp"]) * batch["mask"]
     assert np.sum(moved * wanted) > 0
-    at_reference = gradient(
-        rl.loss(CONFIG, Objective(kl_weight=1.0)), params, {**given, "reference_logp": batch["old_logp"]}
-    )
+    at_reference = gradient(params, {**given, "reference_logp": batch["old_logp"]}, Objective(kl_weight=1.0))
     assert np.max(np.abs(flat(at_reference.grads))) < 1e-3 * np.max(np.abs(flat(sums.grads)))
 
 

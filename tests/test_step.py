@@ -1,5 +1,6 @@
 """A step is the same for any split of its batch into micro-batches, padding, packing or devices."""
 
+import functools
 from functools import partial
 
 import jax
@@ -37,9 +38,13 @@ def one_device():
     return meshes.make_mesh(devices=jax.devices()[:1])
 
 
+@functools.cache
+def maker(mesh):
+    return jit(partial(transformer.init, CONFIG), out_shardings=transformer.shardings(CONFIG, mesh))
+
+
 def initial(mesh, seed=0):
-    make = jit(partial(transformer.init, CONFIG), out_shardings=transformer.shardings(CONFIG, mesh))
-    return make(jax.random.key(seed))
+    return maker(mesh)(jax.random.key(seed))
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +112,15 @@ def test_those_steps_move_the_parameters_far(batch, unsharded):
         assert moved["embedding"] > 1e-3, name
 
 
-def one_step(batch, accumulate=1, loss=LOSSES["sft"]):
+@functools.cache
+def descent(name, accumulate):
+    return jit(step.make_train_step(LOSSES[name], optax.sgd(1.0), accumulate=accumulate))
+
+
+def one_step(batch, accumulate=1, name="sft"):
     """Minus the gradient, by plain gradient descent with rate 1, and the metrics."""
-    mesh, descent = one_device(), optax.sgd(1.0)
-    now = state.create(initial(mesh), descent, mesh)
-    after, metrics = jit(step.make_train_step(loss, descent, accumulate=accumulate))(now, batch)
+    now = state.create(initial(one_device()), optax.sgd(1.0), one_device())
+    after, metrics = descent(name, accumulate)(now, batch)
     return jax.tree.map(jnp.subtract, after.params, now.params), metrics
 
 
@@ -150,7 +159,7 @@ def test_padded_rows_change_nothing(batch, whole):
 
 def test_without_a_counted_token_nothing_moves_and_nothing_is_nan(batch):
     for name in ("sft", "rl", "sampled"):
-        update, metrics = one_step({**batch, "mask": np.zeros_like(batch["mask"])}, loss=LOSSES[name])
+        update, metrics = one_step({**batch, "mask": np.zeros_like(batch["mask"])}, name=name)
         assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(update)), name
         assert all(np.isfinite(value) for value in metrics.values()), name
 
