@@ -59,8 +59,9 @@ class Training:
         if not (folder / "DONE").exists():
             with _attempt(folder):
                 stage.train(folder, self.mesh)
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             (folder / "DONE").touch()
+        # Only after DONE: a kill in between must not leave an unfinished stage with torn checkpoints.
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return str(folder)
 
     def _remember(self, folder: Path, stage: Stage) -> None:

@@ -66,6 +66,24 @@ def test_an_interrupted_stage_goes_on_and_every_attempt_is_counted(tmp_path):
     assert ends(tmp_path / "one") == ["interrupted", "done"]
 
 
+def test_checkpoints_go_only_once_the_stage_is_done_even_if_a_kill_comes_between(tmp_path, monkeypatch):
+    checkpoints = tmp_path / "one" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+
+    def killed(*_args: Any, **_settings: Any) -> None:
+        assert (tmp_path / "one" / "DONE").exists()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Training(tmp_path)("one", Count(steps=2))
+    assert checkpoints.exists()
+    Training(tmp_path)("one", Count(steps=2))
+    assert not checkpoints.exists()
+    assert ends(tmp_path / "one") == ["done"]
+
+
 def test_a_stage_that_fails_is_not_done(tmp_path):
     (tmp_path / "one" / "letters").mkdir(parents=True)
     with pytest.raises(IsADirectoryError):
