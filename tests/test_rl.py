@@ -88,7 +88,9 @@ def stage(**settings) -> RL:
 
 
 def test_equal_rewards_give_no_gradient_at_all(params):
-    (micro,) = stage(prompts=2)._pack([judged(0.7, 0.7, 0.7), judged(0.0, 0.0, 0.0)], one_device())
+    (micro,) = rollout.micro_batches(
+        [judged(0.7, 0.7, 0.7), judged(0.0, 0.0, 0.0)], stage(prompts=2).compute, one_device()
+    )
     assert np.sum(micro["mask"]) == 6
     sums = gradient(params, micro)
     assert np.all(flat(sums.grads) == 0) and sums.loss == 0
@@ -197,9 +199,7 @@ def test_the_reference_runs_only_for_a_kl_term(traced):
 def test_a_signal_ends_the_rollouts_at_the_next_answer(tmp_path):
     model = checkpoint.open_model("tiny", one_device())
     with VerifierPool(1) as pool, metrics.Log(tmp_path, title="", total=1) as log:
-        sampler = rollout.Sampler(
-            sampling=SAMPLING, slots=2, mesh=one_device(), pool=pool, log=log, poll=loop.check_stop
-        )
+        sampler = rollout.Sampler(sampling=SAMPLING, slots=2, mesh=one_device(), pool=pool, log=log)
         loop.request_stop(signal.SIGTERM, None)
         try:
             with pytest.raises(loop.Interrupted):

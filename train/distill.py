@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from ..data.pack import pack_groups
 from ..data.source import Shuffled
 from ..data.task import TaskSource
 from ..data.verify.pool import VerifierPool
@@ -24,13 +21,13 @@ from ..model.processing import Sampling
 from ..sharding import mesh as meshes
 from . import checkpoint, loop, programs, rollout, score, state
 from .compute import Compute
-from .losses import advantage, distill, masked, policy
+from .losses import distill, masked, policy
 from .metrics import Log
 from .optimizer import AdamW
 from .rollout import Rollout, Sampler
 from .step import Loss, State, Sums, make_train_step
 from .teachers import Teachers
-from .updater import Updater, micro_batches
+from .updater import Updater
 
 
 @runtime_checkable
@@ -189,8 +186,8 @@ class Distill:
     def train(self, out: Path, mesh: jax.sharding.Mesh | None = None) -> None:
         """Run to the end, from the newest checkpoint in `out`; the model is then in `out`/model."""
         mesh = mesh or meshes.make_mesh()
-        shape, tokenizer = checkpoint.open_config(self.start), checkpoint.open_tokenizer(self.start)
-        config = self.compute.configure(shape)
+        config = self.compute.configure(checkpoint.open_config(self.start))
+        tokenizer = checkpoint.open_tokenizer(self.start)
         optimizer = self.optimizer.build(self.steps)
         temperature = self.sampling.temperature or 1.0
         updater = Updater(self.objective.loss(config, temperature=temperature), optimizer, mesh)
@@ -199,14 +196,7 @@ class Distill:
             teachers = Teachers(self.teachers, tokenizer, self.compute, mesh)
 
             def iterate(now: State, cursor: loop.Cursor, log: Log) -> tuple[State, loop.Cursor, Any]:
-                sampler = Sampler(
-                    sampling=self.sampling,
-                    slots=self.compute.slots,
-                    mesh=mesh,
-                    pool=pool,
-                    log=log,
-                    poll=loop.check_stop,
-                )
+                sampler = Sampler(sampling=self.sampling, slots=self.compute.slots, mesh=mesh, pool=pool, log=log)
                 step = cursor["iteration"]
                 chosen = [tasks[step * self.prompts + i] for i in range(self.prompts)]
                 model = checkpoint.Model(config, now.params, tokenizer)
@@ -215,21 +205,21 @@ class Distill:
                 rollout.write(out / "rollouts", step, groups, tokenizer.decode)
                 sums = None
                 for domain, own in _by_domain(groups, self.teachers).items():
-                    sums = self._add(sums, now, (updater, teachers, log), domain, self._micro_batches(own, mesh))
+                    micros = rollout.micro_batches(own, self.compute, mesh)
+                    sums = self._add(sums, now, (updater, teachers, log), domain, micros)
                 with log.phase("train"):
                     now, metrics = updater.finish(now, sums)  # pyright: ignore[reportArgumentType]
                 return now, cursor, {**rollout.statistics(groups), **metrics}
 
-            final = loop.run(
+            loop.run(
                 out,
-                title=out.name,
+                start=self.start,
                 steps=self.steps,
+                optimizer=optimizer,
                 save_every=self.compute.save_every,
-                fresh=lambda: state.create(checkpoint.open_model(self.start, mesh).params, optimizer, mesh),
-                abstract=state.abstract(shape, optimizer, mesh),
+                mesh=mesh,
                 iterate=iterate,
             )
-        checkpoint.save_model(out / "model", checkpoint.Model(shape, final.params, tokenizer))
 
     def _add(
         self, sums: Sums | None, now: State, tools: tuple[Updater, Teachers, Log], domain: str, micros: list[dict]
@@ -245,16 +235,6 @@ class Distill:
             with log.phase("train"):
                 sums = jax.block_until_ready(updater.add(sums, now, {**micro, **fields}, *constants))
         return sums
-
-    def _micro_batches(self, groups: Sequence[Sequence[Rollout]], mesh: jax.sharding.Mesh) -> list[dict[str, Any]]:
-        rewards = jnp.asarray([[r.reward for r in one] for one in groups], jnp.float32)
-        advantages = np.asarray(advantage.group_centered(rewards))
-        packed = pack_groups(
-            [rollout.group(one, advantage=values) for one, values in zip(groups, advantages, strict=True)],
-            length=self.compute.row_tokens,
-            fields=("advantage", "behavior_logp"),
-        )
-        return micro_batches(packed.batch, self.compute.rows(mesh), mesh)
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
         """The compiled programs of this stage and their abstract arguments, the first teacher's for all."""

@@ -14,7 +14,7 @@ from ..data.verify.pool import VerifierPool
 from ..model import sample
 from ..model.processing import Sampling
 from ..sharding import mesh as meshes
-from . import checkpoint, loop, programs, rollout
+from . import checkpoint, programs, rollout
 from .compute import Compute
 from .metrics import Log
 from .rollout import Sampler
@@ -60,9 +60,7 @@ class Evaluate:
         model = model._replace(config=self.compute.configure(model.config))
         scores: dict[str, Score] = {}
         with VerifierPool(self.verifiers) as pool, Log(out, title=out.name, total=len(self.tasks)) as log:
-            sampler = Sampler(
-                sampling=self.sampling, slots=self.compute.slots, mesh=mesh, pool=pool, log=log, poll=loop.check_stop
-            )
+            sampler = Sampler(sampling=self.sampling, slots=self.compute.slots, mesh=mesh, pool=pool, log=log)
             for index, source in enumerate(self.tasks):
                 chosen = [source[i] for i in range(min(self.limit, len(source)))]
                 noise = sample.Noise(seed=self.seed, step=index)

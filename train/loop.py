@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 
+from . import checkpoint
+from . import state as states
 from .checkpoint import Checkpoints
 from .metrics import Log
 from .step import State
@@ -40,36 +43,38 @@ def check_stop() -> None:
 def run(
     out: Path,
     *,
-    title: str,
+    start: str,
     steps: int,
+    optimizer: optax.GradientTransformation,
     save_every: int,
-    fresh: Callable[[], State],
-    abstract: State,
+    mesh: jax.sharding.Mesh,
     iterate: Iterate,
-) -> State:
-    """Train until `steps` iterations are done, from the newest checkpoint if there is one.
+) -> None:
+    """Train a model until `steps` iterations are done, from the newest checkpoint if there is one; store the result.
 
     Args:
-        out: the stage's folder.
-        title: what the progress bar says.
+        out: the stage's folder; the model is then in `out`/model.
+        start: the model to train, opened only if there is no checkpoint.
         steps: iterations in all.
-        save_every: iterations between checkpoints. After the last one the caller stores the finished model instead.
-        fresh: makes the state before the first iteration.
-        abstract: its shapes and shardings.
+        optimizer: an optax transformation.
+        save_every: iterations between checkpoints. After the last one the finished model is stored instead.
+        mesh: where the state lies.
         iterate: one iteration: (state, cursor, log) -> (state, cursor, metrics). It may donate the state, but only once
             nothing can interrupt it any more. `cursor["iteration"]` counts what is done.
 
     Raises:
         Interrupted: after a signal, with everything that was done saved.
     """
+    config = checkpoint.open_config(start)
     checkpoints = Checkpoints(out / "checkpoints")
     done = checkpoints.latest()
     if done is None:
-        state, cursor = fresh(), {"iteration": 0}
+        state = states.create(checkpoint.open_model(start, mesh).params, optimizer, mesh)
+        cursor: Cursor = {"iteration": 0}
     else:
-        state, cursor = checkpoints.restore(done, abstract)
+        state, cursor = checkpoints.restore(done, states.abstract(config, optimizer, mesh))
     try:
-        with Log(out, title=title, total=steps, start=cursor["iteration"]) as log:
+        with Log(out, title=out.name, total=steps, start=cursor["iteration"]) as log:
             waiting: list[_Line] = []
             while cursor["iteration"] < steps:
                 try:
@@ -92,7 +97,8 @@ def run(
             _write(log, waiting)
     finally:
         checkpoints.close()
-    return jax.block_until_ready(state)
+    tokenizer = checkpoint.open_tokenizer(start)
+    checkpoint.save_model(out / "model", checkpoint.Model(config, state.params, tokenizer))
 
 
 def _write(log: Log, waiting: list[_Line]) -> None:

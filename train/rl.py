@@ -13,12 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from ..data.pack import pack_groups
 from ..data.source import Shuffled
-from ..data.task import TaskSource
+from ..data.task import Task, TaskSource
 from ..data.verify.pool import VerifierPool
 from ..model import sample, transformer
 from ..model.config import ModelConfig
@@ -26,12 +24,12 @@ from ..model.processing import Sampling
 from ..sharding import mesh as meshes
 from . import checkpoint, loop, programs, rollout, score, state
 from .compute import Compute
-from .losses import advantage, kl, masked, mismatch, policy
+from .losses import kl, masked, mismatch, policy
 from .metrics import Log
 from .optimizer import AdamW
 from .rollout import Rollout, Sampler
 from .step import Loss, State, make_train_step
-from .updater import Updater, micro_batches
+from .updater import Updater
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +120,8 @@ class RL:
     def train(self, out: Path, mesh: jax.sharding.Mesh | None = None) -> None:
         """Run to the end, from the newest checkpoint in `out`; the model is then in `out`/model."""
         mesh = mesh or meshes.make_mesh()
-        shape, tokenizer = checkpoint.open_config(self.start), checkpoint.open_tokenizer(self.start)
-        config = self.compute.configure(shape)
+        config = self.compute.configure(checkpoint.open_config(self.start))
+        tokenizer = checkpoint.open_tokenizer(self.start)
         optimizer = self.optimizer.build(self.steps * self.updates)
         updater = Updater(loss(config, self.objective, temperature=self.sampling.temperature), optimizer, mesh)
         reference = checkpoint.open_model(self.start, mesh).params if self.objective.kl_weight else None
@@ -131,14 +129,7 @@ class RL:
         with VerifierPool(self.verifiers) as pool, jax.set_mesh(mesh):
 
             def iterate(now: State, cursor: loop.Cursor, log: Log) -> tuple[State, loop.Cursor, Any]:
-                sampler = Sampler(
-                    sampling=self.sampling,
-                    slots=self.compute.slots,
-                    mesh=mesh,
-                    pool=pool,
-                    log=log,
-                    poll=loop.check_stop,
-                )
+                sampler = Sampler(sampling=self.sampling, slots=self.compute.slots, mesh=mesh, pool=pool, log=log)
                 model = checkpoint.Model(config, now.params, tokenizer)
                 groups, taken, metrics = self._collect(sampler, model, cursor)
                 rollout.write(out / "rollouts", cursor["iteration"], groups, tokenizer.decode)
@@ -147,27 +138,29 @@ class RL:
                     jax.block_until_ready(now)  # the next rollouts need it at once; so the time is charged rightly
                 return now, {**cursor, "next_task": taken}, metrics | learned
 
-            final = loop.run(
+            loop.run(
                 out,
-                title=out.name,
+                start=self.start,
                 steps=self.steps,
+                optimizer=optimizer,
                 save_every=self.compute.save_every,
-                fresh=lambda: state.create(checkpoint.open_model(self.start, mesh).params, optimizer, mesh),
-                abstract=state.abstract(shape, optimizer, mesh),
+                mesh=mesh,
                 iterate=iterate,
             )
-        checkpoint.save_model(out / "model", checkpoint.Model(shape, final.params, tokenizer))
+
+    @functools.cached_property
+    def _order(self) -> Shuffled[Task]:
+        return Shuffled(self.tasks, seed=self.seed)
 
     def _collect(
         self, sampler: Sampler, model: checkpoint.Model, cursor: loop.Cursor
     ) -> tuple[list[list[Rollout]], int, dict[str, Any]]:
         """Groups with variance, the index of the next unused task, and statistics of all that was sampled."""
-        tasks = Shuffled(self.tasks, seed=self.seed)
         taken, step = cursor.get("next_task", 0), cursor["iteration"]
         kept: list[list[Rollout]] = []
         everything: list[list[Rollout]] = []
         for asked in range(self.rounds):
-            chosen = [tasks[taken + i] for i in range(self.prompts - len(kept))]
+            chosen = [self._order[taken + i] for i in range(self.prompts - len(kept))]
             taken += len(chosen)
             noise = sample.Noise(seed=self.seed, step=step * self.rounds + asked)
             groups = sampler.rollouts(model, chosen, num_samples=self.group, noise=noise, version=step)
@@ -182,17 +175,7 @@ class RL:
     def _micro_batches(self, groups: Sequence[Sequence[Rollout]], mesh: jax.sharding.Mesh) -> list[list[dict]]:
         """Per update, the micro-batches of its share of the groups."""
         share = max(1, -(-len(groups) // self.updates))
-        return [self._pack(groups[i : i + share], mesh) for i in range(0, len(groups), share)]
-
-    def _pack(self, groups: Sequence[Sequence[Rollout]], mesh: jax.sharding.Mesh) -> list[dict]:
-        rewards = jnp.asarray([[r.reward for r in one] for one in groups], jnp.float32)
-        advantages = np.asarray(advantage.group_centered(rewards))
-        packed = pack_groups(
-            [rollout.group(one, advantage=values) for one, values in zip(groups, advantages, strict=True)],
-            length=self.compute.row_tokens,
-            fields=("advantage", "behavior_logp"),
-        )
-        return micro_batches(packed.batch, self.compute.rows(mesh), mesh)
+        return [rollout.micro_batches(groups[i : i + share], self.compute, mesh) for i in range(0, len(groups), share)]
 
     def _learn(
         self, config: ModelConfig, updater: Updater, models: tuple[State, Any], per_update: list[list[dict]]
@@ -206,11 +189,7 @@ class RL:
                 micro["reference_logp"] = score.token_logp(config, reference, micro, temperature=temperature)
         metrics: dict[str, Any] = {}
         for micros in per_update:
-            sums = None
-            for micro in micros:
-                sums = updater.add(sums, now, micro)
-            if sums is not None:
-                now, metrics = updater.finish(now, sums)
+            now, metrics = updater.step(now, micros)
         return now, metrics
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:

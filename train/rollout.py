@@ -6,15 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..data import chat
-from ..data.pack import Example, Group
+from ..data.pack import Example, Group, pack_groups
 from ..data.task import Task
 from ..data.verify.pool import VerifierPool
 from ..model import sample
 from ..model.processing import Sampling
+from . import updater
 from .checkpoint import Model
+from .compute import Compute
+from .loop import check_stop
+from .losses import advantage
 from .metrics import Log
 
 
@@ -38,14 +43,13 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Samples and judges for one stage: sampling settings, slots, mesh, verifiers, log."""
+    """Samples and judges for one stage: sampling settings, slots, mesh, verifiers, log. A stop ends it midway."""
 
     sampling: Sampling
     slots: int
     mesh: jax.sharding.Mesh
     pool: VerifierPool
     log: Log
-    poll: Callable[[], None] = lambda: None
 
     def rollouts(
         self, model: Model, tasks: Sequence[Task], *, num_samples: int, noise: sample.Noise, version: int = 0
@@ -63,7 +67,7 @@ class Sampler:
                 noise=noise,
                 slots=self.slots,
                 mesh=self.mesh,
-                on_finish=lambda _: self.poll(),
+                on_finish=lambda _: check_stop(),
             )
         with self.log.phase("verify"):
             flat = [
@@ -109,6 +113,20 @@ def group(rollouts: Sequence[Rollout], **fields: Sequence[float] | Sequence[np.n
     return Group(prompt=rollouts[0].prompt, answers=answers)
 
 
+def micro_batches(
+    groups: Sequence[Sequence[Rollout]], compute: Compute, mesh: jax.sharding.Mesh
+) -> list[dict[str, jax.Array]]:
+    """The groups packed, each prompt once, with the sampler's log-probs and the group-centred advantages."""
+    rewards = jnp.asarray([[r.reward for r in one] for one in groups], jnp.float32)
+    advantages = np.asarray(advantage.group_centered(rewards))
+    packed = pack_groups(
+        [group(one, advantage=values) for one, values in zip(groups, advantages, strict=True)],
+        length=compute.row_tokens,
+        fields=("advantage", "behavior_logp"),
+    )
+    return updater.micro_batches(packed.batch, compute.rows(mesh), mesh)
+
+
 def statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     """Mean reward and length, share cut at the limit, reward by domain."""
     flat = [rollout for one in groups for rollout in one]
@@ -123,7 +141,7 @@ def statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
 
 
 def write(folder: Path, step: int, groups: Sequence[Sequence[Rollout]], decode: Callable[[list[int]], str]) -> None:
-    """Append the rollouts of a step to `folder`/STEP.jsonl, as text that people can read."""
+    """Write the rollouts of a step to `folder`/STEP.jsonl, as text that people can read."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{step:06d}.jsonl").open("w") as file:
         for one in groups:

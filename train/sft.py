@@ -18,7 +18,7 @@ from ..data.tokenizer import Tokenizer
 from ..model import transformer
 from ..model.config import ModelConfig
 from ..sharding import mesh as meshes
-from . import checkpoint, loop, programs, state
+from . import checkpoint, loop, programs
 from .compute import Compute
 from .losses import masked, supervised
 from .metrics import Log
@@ -78,8 +78,8 @@ class SFT:
     def train(self, out: Path, mesh: jax.sharding.Mesh | None = None) -> None:
         """Run to the end, from the newest checkpoint in `out`; the model is then in `out`/model."""
         mesh = mesh or meshes.make_mesh()
-        shape, tokenizer = checkpoint.open_config(self.start), checkpoint.open_tokenizer(self.start)
-        config = self.compute.configure(shape)
+        config = self.compute.configure(checkpoint.open_config(self.start))
+        tokenizer = checkpoint.open_tokenizer(self.start)
         conversations = Shuffled(self.data.open(), seed=self.seed)
         optimizer = self.optimizer.build(self.steps)
         updater = Updater(loss(config), optimizer, mesh)
@@ -90,22 +90,18 @@ class SFT:
                 chosen = [conversations[first + i] for i in range(self.batch_size)]
                 rows = batch(tokenizer, chosen, length=self.compute.row_tokens)
             with log.phase("train"):
-                sums = None
-                for micro in micro_batches(rows, self.compute.rows(mesh), mesh):
-                    sums = updater.add(sums, state, micro)
-                state, metrics = updater.finish(state, sums)  # pyright: ignore[reportArgumentType]
+                state, metrics = updater.step(state, micro_batches(rows, self.compute.rows(mesh), mesh))
             return state, cursor, metrics
 
-        final = loop.run(
+        loop.run(
             out,
-            title=out.name,
+            start=self.start,
             steps=self.steps,
+            optimizer=optimizer,
             save_every=self.compute.save_every,
-            fresh=lambda: state.create(checkpoint.open_model(self.start, mesh).params, optimizer, mesh),
-            abstract=state.abstract(shape, optimizer, mesh),
+            mesh=mesh,
             iterate=iterate,
         )
-        checkpoint.save_model(out / "model", checkpoint.Model(shape, final.params, tokenizer))
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
         """The compiled programs of this stage and their abstract arguments."""

@@ -1,7 +1,7 @@
 """Compiled updates over any number of micro-batches of one fixed shape: nothing recompiles when a batch grows."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,13 @@ class Updater:
                 self._zeros = jax.jit(make, out_shardings=where)
                 self._accumulate = jax.jit(make_accumulate(self.loss), donate_argnums=0, out_shardings=where)
             return self._accumulate(self._zeros() if sums is None else sums, state.params, batch, *constants)
+
+    def step(self, state: State, micros: Sequence[Mapping[str, Any]]) -> tuple[State, Metrics]:
+        """One update from all of the micro-batches; without any, the state as it was. The state is donated."""
+        sums = None
+        for micro in micros:
+            sums = self.add(sums, state, micro)
+        return (state, {}) if sums is None else self.finish(state, sums)
 
     def finish(self, state: State, sums: Sums) -> tuple[State, Metrics]:
         """Divide by the global weight and update. The state is donated."""
