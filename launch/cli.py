@@ -4,6 +4,7 @@ Commands import what they need when they are called: JAX takes seconds to import
 """
 
 import ast
+import errno
 import shlex
 import sys
 from collections.abc import Sequence
@@ -301,6 +302,8 @@ def _explain(error: BaseException, words: Sequence[str]) -> int:
 
 def _sentence(error: Any) -> str:
     """The message of an error on one line; the system's messages without their number."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error.filename or 'while writing'}): free some space and run the same command again"
     text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
     return " ".join(text.split())
 

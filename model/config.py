@@ -96,7 +96,7 @@ def from_json(path: Path) -> ModelConfig:
 
 
 TINY = ModelConfig(
-    vocab_size=384, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=176,
+    vocab_size=384, embed_dim=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=352,
     tie_embeddings=True, context=256,
 )  # fmt: skip
 SMOLLM2_135M = ModelConfig(

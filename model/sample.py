@@ -89,7 +89,7 @@ def generate(
         sampling: temperature, truncation, length limit and stop ids.
         noise: seed, step and first row of the random numbers; sample g of prompt p is row
             `first_row + p * num_samples + g`.
-        slots: answers decoded at a time, rounded up to fill a bucket and the mesh; memory grows with it.
+        slots: answers decoded at a time, rounded up to fill the mesh; memory grows with it.
         mesh: shards the slots over its data axes and the heads over its tensor axis.
         return_kept: whether to hand back `kept`, which takes V / 8 bytes a token.
         on_finish: called with the number of answers that have just ended (for progress bars).
@@ -118,8 +118,8 @@ def bucket(size: int, *, minimum: int = 16) -> int:
 
 
 def _filling(size: int, parts: int) -> int:
-    """The smallest bucket of at least `size` that splits evenly over the mesh: what does not split is replicated."""
-    return parts * bucket(-(-size // parts), minimum=1)
+    """`size` rounded up to split evenly over the mesh: what does not split is replicated."""
+    return -(-size // parts) * parts
 
 
 def programs(

@@ -173,6 +173,13 @@ def test_a_report_of_no_run_is_one_sentence(posttrain, tmp_path):
     assert "holds no run" in stderr and stderr.count("\n") == 1
 
 
+def test_a_full_disk_is_one_sentence(posttrain, tmp_path):
+    (tmp_path / "scores.json").symlink_to("/dev/full")
+    code, _, stderr = posttrain("eval", "tiny", "--tasks", "characters:sort", "--limit", "1", "--out", tmp_path)
+    assert code == 2
+    assert "the disk is full" in stderr and "free some space" in stderr and stderr.count("\n") == 1
+
+
 def test_eval_scores_a_model_on_files_and_on_our_tasks(run, posttrain, tmp_path):
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"prompt": "copy ab", "answer": "ab"}\n{"prompt": "copy ba", "answer": "ba"}\n')

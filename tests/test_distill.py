@@ -68,8 +68,8 @@ def packed(groups, student):
 
 
 @functools.cache
-def compiled(objective):
-    loss = objective.loss(CONFIG)
+def compiled(objective, temperature):
+    loss = objective.loss(CONFIG, temperature=temperature)
 
     def run(params, batch, *constants):
         return step.make_accumulate(loss)(step.zero_sums(loss, params, batch, *constants), params, batch, *constants)
@@ -77,9 +77,9 @@ def compiled(objective):
     return jax.jit(run)
 
 
-def accumulate(objective, student, teacher, batch):
-    fields, constants = objective.teach(CONFIG, teacher, batch)
-    return compiled(objective)(student, {**batch, **fields}, *constants)
+def accumulate(objective, student, teacher, batch, temperature=1.0):
+    fields = objective.teach(CONFIG, teacher, batch, temperature=temperature)
+    return compiled(objective, temperature)(student, {**batch, **fields}, *objective.constants(teacher))
 
 
 def size(tree):
@@ -98,19 +98,21 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(name, student, groups):
     assert size(same.grads) < 1e-5 * size(other.grads)
 
 
-def test_the_full_vocabulary_loss_from_hidden_states_is_the_kl_of_logits(student, groups):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_full_vocabulary_loss_from_hidden_states_is_the_kl_of_logits(temperature, student, groups):
     teacher, batch = model(1), packed(groups, student)
 
     def direct(student, batch):
         inputs = {"positions": batch["positions"], "segments": batch["segments"]}
         ours, theirs = (
             transformer.logits(CONFIG, params, transformer.apply(CONFIG, params, batch["tokens"], **inputs)[0])
+            / temperature
             for params in (student, teacher)
         )
         return masked.sum(losses.reverse_kl(ours, theirs), masked.per_sequence(batch["mask"], batch["segments"]))
 
     value, gradient = jax.jit(jax.value_and_grad(direct))(student, batch)
-    sums = accumulate(OBJECTIVES["full"], student, teacher, batch)
+    sums = accumulate(OBJECTIVES["full"], student, teacher, batch, temperature)
     np.testing.assert_allclose(sums.loss, value, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), sums.grads, gradient)
 

@@ -164,6 +164,16 @@ def test_evaluation_judges_the_first_tasks_and_keeps_every_answer(tmp_path):
         assert score.n == 3 and 0 <= score.low <= score.mean <= score.high <= 1
 
 
+def test_sources_of_one_domain_share_its_score_and_an_evaluation_of_nothing_is_refused(tmp_path):
+    tasks = (Likes(domain="north"), Likes(domain="north"), Likes(domain="south"))
+    settings = {"model": "tiny", "sampling": SAMPLING, "compute": COMPUTE}
+    Evaluate(tasks=tasks, limit=2, **settings).train(tmp_path, one_device())
+    assert {domain: score.n for domain, score in evaluate.read(tmp_path).items()} == {"north": 4, "south": 2}
+    for nothing in ({"tasks": tasks, "limit": 0}, {"tasks": (), "limit": 2}):
+        with pytest.raises(ValueError, match="asks nothing"):
+            Evaluate(**nothing, **settings)
+
+
 def test_wilsons_interval_has_the_numbers_worked_out_by_hand():
     # p = 0.8, n = 10, z = 1.96: (0.8 + 3.8416/20 -+ 1.96 sqrt(0.016 + 3.8416/400)) / 1.38416
     score = wilson([1.0] * 8 + [0.0] * 2)

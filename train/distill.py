@@ -40,8 +40,8 @@ class Objective(Protocol):
 
     def teach(
         self, config: ModelConfig, params: Any, batch: Any, *, temperature: float = 1.0
-    ) -> tuple[dict[str, jax.Array], tuple[Any, ...]]:
-        """The teacher's per-token fields for a batch, and the constants that the loss takes."""
+    ) -> dict[str, jax.Array]:
+        """The teacher's per-token fields for a batch."""
         ...
 
     def fields(self, teacher: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -49,7 +49,7 @@ class Objective(Protocol):
         ...
 
     def constants(self, params: Any) -> tuple[Any, ...]:
-        """Those constants, from the teacher's parameters."""
+        """What else the loss takes after the batch, from the teacher's parameters."""
         ...
 
 
@@ -80,11 +80,9 @@ class SampledToken:
 
         return compute
 
-    def teach(
-        self, config: ModelConfig, params: Any, batch: Any, *, temperature: float = 1.0
-    ) -> tuple[dict[str, jax.Array], tuple[Any, ...]]:
+    def teach(self, config: ModelConfig, params: Any, batch: Any, *, temperature: float = 1.0) -> dict[str, jax.Array]:
         """The teacher's log-probabilities of the sampled tokens."""
-        return {"teacher_logp": score.token_logp(config, params, batch, temperature=temperature)}, ()
+        return {"teacher_logp": score.token_logp(config, params, batch, temperature=temperature)}
 
     def fields(self, teacher: ModelConfig) -> dict[str, tuple[int, ...]]:
         """See `Objective`."""
@@ -98,6 +96,8 @@ class SampledToken:
 @dataclass(frozen=True, kw_only=True)
 class FullVocabulary:
     """KL(student || teacher) over the whole vocabulary at every sampled position, in vocabulary chunks.
+
+    Both are taken at the sampling temperature.
 
     The teacher's last hidden states stand for its logits, which its head makes at training time. `outcome` as in
     `SampledToken`: it adds a policy gradient of the outcome advantage.
@@ -113,7 +113,8 @@ class FullVocabulary:
             hidden, weights = _student(config, params, batch)
             head = transformer.head(config, params)
             split = {"chunk": self.chunk, "vocab_shards": meshes.current_parts("vocab", head.shape[1])}
-            gap = distill.chunked_reverse_kl(hidden, head, batch["teacher_hidden"], teacher_head, **split)
+            teacher_hidden = batch["teacher_hidden"] / temperature
+            gap = distill.chunked_reverse_kl(hidden / temperature, head, teacher_hidden, teacher_head, **split)
             per_token = gap
             if self.outcome:
                 logp = transformer.token_logp(config, params, hidden, batch["targets"], temperature=temperature)
@@ -122,18 +123,16 @@ class FullVocabulary:
 
         return compute
 
-    def teach(
-        self, config: ModelConfig, params: Any, batch: Any, *, temperature: float = 1.0
-    ) -> tuple[dict[str, jax.Array], tuple[Any, ...]]:
-        """The teacher's last hidden states, and its head."""
-        return {"teacher_hidden": score.last_hidden(config, params, batch)}, self.constants(params)
+    def teach(self, config: ModelConfig, params: Any, batch: Any, *, temperature: float = 1.0) -> dict[str, jax.Array]:
+        """The teacher's last hidden states, from which its logits are made where they are needed."""
+        return {"teacher_hidden": score.last_hidden(config, params, batch)}
 
     def fields(self, teacher: ModelConfig) -> dict[str, tuple[int, ...]]:
         """See `Objective`."""
         return {"teacher_hidden": (teacher.embed_dim,)}
 
     def constants(self, params: Any) -> tuple[Any, ...]:
-        """The teacher's head as it is stored: tied heads are transposed where they are used."""
+        """The teacher's head, [E, V]."""
         return (params["head"] if "head" in params else params["embedding"].T,)
 
 
@@ -227,10 +226,11 @@ class Distill:
         """Gradients of one domain's answers added; on return nothing here holds its teacher on the device."""
         updater, teachers, log = tools
         with log.phase("teacher"):
-            teacher = teachers(domain)
+            config, params = teachers(domain)
+            constants = self.objective.constants(params)
         for micro in micros:
             with log.phase("teacher"):
-                fields, constants = self.objective.teach(*teacher, micro, temperature=self.sampling.temperature or 1.0)
+                fields = self.objective.teach(config, params, micro, temperature=self.sampling.temperature or 1.0)
                 jax.block_until_ready(fields)
             with log.phase("train"):
                 sums = jax.block_until_ready(updater.add(sums, now, {**micro, **fields}, *constants))
@@ -246,7 +246,7 @@ class Distill:
         loss, optimizer = self.objective.loss(config), self.optimizer.build(self.steps)
         named = programs.training(loss, config, optimizer, self.compute, mesh, *constants, fields=fields)
         batch = programs.abstract_batch(self.compute, mesh)
-        named["teacher"] = (lambda p, b: self.objective.teach(teacher, p, b)[0], (params, batch))
+        named["teacher"] = (lambda p, b: self.objective.teach(teacher, p, b), (params, batch))
         return named | programs.generation(config, self.sampling, self.compute, self.samples, mesh)
 
 

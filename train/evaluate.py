@@ -43,7 +43,7 @@ def wilson(scores: Sequence[float], *, z: float = 1.959964) -> Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Answer the first `limit` tasks of every source once (greedily unless told) and have the answers judged."""
+    """Answer the first `limit` tasks of every source once and have the answers judged; sources of a domain share a score."""
 
     model: str
     tasks: tuple[TaskSource, ...]
@@ -53,12 +53,19 @@ class Evaluate:
     verifiers: int = 1
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.limit < 1 or not self.tasks:
+            raise ValueError(
+                f"an evaluation of {len(self.tasks)} sources with a limit of {self.limit} tasks each asks nothing: "
+                "give at least one of both"
+            )
+
     def train(self, out: Path, mesh: jax.sharding.Mesh | None = None) -> None:
         """Write `out`/scores.json and every answer to `out`/rollouts."""
         mesh = mesh or meshes.make_mesh()
         model = checkpoint.open_model(self.model, mesh)
         model = model._replace(config=self.compute.configure(model.config))
-        scores: dict[str, Score] = {}
+        rewards: dict[str, list[float]] = {}
         with VerifierPool(self.verifiers) as pool, Log(out, title=out.name, total=len(self.tasks)) as log:
             sampler = Sampler(sampling=self.sampling, slots=self.compute.slots, mesh=mesh, pool=pool, log=log)
             for index, source in enumerate(self.tasks):
@@ -66,9 +73,9 @@ class Evaluate:
                 noise = sample.Noise(seed=self.seed, step=index)
                 groups = sampler.rollouts(model, chosen, num_samples=1, noise=noise)
                 rollout.write(out / "rollouts", index, groups, model.tokenizer.decode)
-                scores[source.domain] = wilson([one[0].reward for one in groups])
+                rewards.setdefault(source.domain, []).extend(one[0].reward for one in groups)
                 log.write(index + 1, rollout.statistics(groups))
-        text = json.dumps({domain: score._asdict() for domain, score in scores.items()}, indent=2)
+        text = json.dumps({domain: wilson(found)._asdict() for domain, found in rewards.items()}, indent=2)
         (out / "scores.json").write_text(text + "\n")
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:

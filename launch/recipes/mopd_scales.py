@@ -35,29 +35,29 @@ def _tiny_start(train: Sequence[TaskSource]) -> SFT:
     return SFT(
         start="tiny",
         data=Demonstrations(tasks=tasks),
-        steps=120,
+        steps=110,
         batch_size=48,
-        optimizer=AdamW(learning_rate=3e-3, warmup_steps=10),
+        optimizer=AdamW(learning_rate=2e-3, warmup_steps=10),
         compute=TINY_COMPUTE,
     )
 
 
-TINY_COMPUTE = Compute(row_tokens=256, micro_rows=8, slots=96, save_every=50)
+TINY_COMPUTE = Compute(row_tokens=256, micro_rows=4, slots=96, save_every=50)
 TINY_RL = {
     "steps": 40,
     "prompts": 16,
     "group": 8,
     "rounds": 1,
     "sampling": Sampling(max_tokens=8),
-    "optimizer": AdamW(learning_rate=1e-3),
+    "optimizer": AdamW(learning_rate=3e-4),
     "compute": TINY_COMPUTE,
 }
 TINY_DISTILL = {
-    "steps": 40,
-    "prompts": 96,
-    "samples": 1,
+    "steps": 50,
+    "prompts": 48,
+    "samples": 4,
     "sampling": Sampling(max_tokens=8),
-    "optimizer": AdamW(learning_rate=2e-3),
+    "optimizer": AdamW(learning_rate=6e-4, schedule="linear", warmup_steps=5),
     "compute": TINY_COMPUTE,
 }
 TINY = Scale(
@@ -69,22 +69,22 @@ TINY = Scale(
     ties={"density": 0.5},
 )
 
-SMOLLM2_COMPUTE = Compute(row_tokens=256, micro_rows=2, slots=32, save_every=10)
+SMOLLM2_COMPUTE = Compute(row_tokens=184, micro_rows=1, slots=40, save_every=10)
 SMOLLM2_RL = {
     "steps": 8,
-    "prompts": 4,
+    "prompts": 5,
     "group": 8,
-    "rounds": 2,
+    "rounds": 1,
     "sampling": Sampling(max_tokens=16, temperature=0.7),
     "optimizer": AdamW(learning_rate=1.5e-5),
     "compute": SMOLLM2_COMPUTE,
 }
 SMOLLM2_DISTILL = {
-    "steps": 10,
+    "steps": 15,
     "prompts": 12,
     "samples": 2,
     "sampling": Sampling(max_tokens=16, temperature=0.7),
-    "optimizer": AdamW(learning_rate=2e-5),
+    "optimizer": AdamW(learning_rate=3e-5, schedule="linear"),
     "compute": SMOLLM2_COMPUTE,
 }
 SMOLLM2 = Scale(
