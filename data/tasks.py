@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from . import mixture
 from .task import Message, Task, TaskSource, Verdict
 
 
@@ -86,10 +87,10 @@ class Concat:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """`size` tasks drawn from several sources in proportion to their weights, in a seeded order.
+    """`size` tasks drawn from several sources in proportion to their weights, evenly all along.
 
-    Shares are exact up to rounding, not random. Each source is gone through in a shuffled order, again and again with
-    a new one, so that no task is drawn twice before all of its source have been drawn once.
+    Each source is gone through in a shuffled order, again and again with a new one, so that no task is drawn twice
+    before all of its source have been drawn once (see `mixture.Mixture`).
     """
 
     sources: tuple[TaskSource, ...]
@@ -114,26 +115,13 @@ class Mixture:
         return self.size
 
     def __getitem__(self, index: int) -> Task:
-        which, position = self._draws[check_index(index, self.size)]
-        return self.sources[which][int(position)]
+        return self._order[check_index(index, self.size)].item
 
     @cached_property
-    def _draws(self) -> np.ndarray:
-        """int64 [size, 2]: the source and the index in it of every draw."""
-        exact = np.asarray(self.weights) / sum(self.weights) * self.size
-        counts = np.floor(exact).astype(np.int64)
-        counts[np.argsort(counts - exact, kind="stable")[: self.size - counts.sum()]] += 1
-        draws = np.empty((self.size, 2), np.int64)
-        draws[:, 0] = np.random.default_rng([self.seed, 0]).permutation(np.repeat(np.arange(len(counts)), counts))
-        for which, count in enumerate(counts):
-            length = len(self.sources[which])
-            passes = [
-                np.random.default_rng([self.seed, 1, which, epoch]).permutation(length)
-                for epoch in range(-(-int(count) // length))
-            ]
-            if passes:
-                draws[draws[:, 0] == which, 1] = np.concatenate(passes)[:count]
-        return draws
+    def _order(self) -> mixture.Mixture:
+        weighed = {str(i): weight for i, weight in enumerate(self.weights) if weight}
+        sources = {name: self.sources[int(name)] for name in weighed}
+        return mixture.Mixture(sources, weights=weighed, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)

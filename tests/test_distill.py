@@ -154,7 +154,8 @@ LOG: list = []
 
 def on_device():
     """Number of embeddings on devices, optimizer state and gradients included."""
-    return sum(x.shape == (264, 64) and x.sharding.memory_kind == "device" for x in jax.live_arrays())
+    shape = transformer.abstract_params(checkpoint.open_config("tiny"))["embedding"].shape
+    return sum(x.shape == shape and x.sharding.memory_kind == "device" for x in jax.live_arrays())
 
 
 @pytest.fixture(scope="module")
@@ -251,19 +252,19 @@ def test_a_student_recovers_its_teachers_gain(objective, graduates, tmp_path):
     stage({}, **given, objective=objective).train(tmp_path / "run", one_device())
     lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
     reward, kl = ([line[name] for line in lines] for name in ("reward", "kl"))
-    # Seen: rewards 0.23 -> 0.65 (full) and 0.50 (sampled), KL 1.6 -> 0.4 and 0.7; the teacher earns 1.0.
-    assert np.mean(reward[-5:]) > np.mean(reward[:5]) + 0.15
-    assert np.mean(kl[-5:]) < 0.6 * np.mean(kl[:5])
+    # Seen: rewards 0.27 -> 0.99 (full) and 0.92 (sampled), KL 2.6 -> 0.01 and 0.2; the teacher earns 1.0.
+    assert np.mean(reward[-5:]) > np.mean(reward[:5]) + 0.4
+    assert np.mean(kl[-5:]) < 0.3 * np.mean(kl[:5])
 
 
 @pytest.fixture(scope="module")
 def graduates(tmp_path_factory):
     """Tasks, a model that has learned some of them, and the same after more lessons."""
     folder, tasks = tmp_path_factory.mktemp("graduates"), Characters(operation="copy", length=2, letters=4)
-    for name, start, steps in (("before", "tiny", 110), ("teacher", str(folder / "before"), 60)):
+    for name, start, steps in (("before", "tiny", 30), ("teacher", str(folder / "before"), 60)):
         lessons = SFT(
             start=start, data=Demonstrations(tasks=tasks), steps=steps, batch_size=16, compute=COMPUTE,
-            optimizer=AdamW(learning_rate=3e-3, warmup_steps=5),
+            optimizer=AdamW(learning_rate=2e-3, warmup_steps=5),
         )  # fmt: skip
         lessons.train(folder / name, one_device())
     return tasks, str(folder / "before"), str(folder / "teacher")

@@ -12,7 +12,6 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import optax
 
-from ..data.source import Shuffled
 from ..data.task import TaskSource
 from ..data.verify.pool import VerifierPool
 from ..model import sample, transformer
@@ -38,9 +37,7 @@ class Objective(Protocol):
         """`loss(params, batch, *constants) -> (sum, weight, metrics)`."""
         ...
 
-    def teach(
-        self, config: ModelConfig, params: Any, batch: Any, *, temperature: float = 1.0
-    ) -> dict[str, jax.Array]:
+    def teach(self, config: ModelConfig, params: Any, batch: Any, *, temperature: float = 1.0) -> dict[str, jax.Array]:
         """The teacher's per-token fields for a batch."""
         ...
 
@@ -158,8 +155,9 @@ def train_step(
 class Distill:
     """Distil `teachers` (a checkpoint per domain) into `start` on tasks of those domains.
 
-    Each step samples `samples` answers to `prompts` tasks from the student, has each scored by the teacher of its
-    task's domain, and updates once. Gradients are added up teacher by teacher: one at a time is on the device.
+    Each step samples `samples` answers to the next `prompts` tasks from the student (in the order of `tasks`, again and
+    again), has each scored by the teacher of its task's domain, and updates once. Gradients are added up teacher by
+    teacher: one at a time is on the device.
     """
 
     start: str
@@ -190,14 +188,14 @@ class Distill:
         optimizer = self.optimizer.build(self.steps)
         temperature = self.sampling.temperature or 1.0
         updater = Updater(self.objective.loss(config, temperature=temperature), optimizer, mesh)
-        tasks = Shuffled(self.tasks, seed=self.seed)
         with VerifierPool(self.verifiers) as pool, jax.set_mesh(mesh):
             teachers = Teachers(self.teachers, tokenizer, self.compute, mesh)
 
             def iterate(now: State, cursor: loop.Cursor, log: Log) -> tuple[State, loop.Cursor, Any]:
                 sampler = Sampler(sampling=self.sampling, slots=self.compute.slots, mesh=mesh, pool=pool, log=log)
                 step = cursor["iteration"]
-                chosen = [tasks[step * self.prompts + i] for i in range(self.prompts)]
+                first = step * self.prompts
+                chosen = [self.tasks[index % len(self.tasks)] for index in range(first, first + self.prompts)]
                 model = checkpoint.Model(config, now.params, tokenizer)
                 noise = sample.Noise(seed=self.seed, step=step)
                 groups = sampler.rollouts(model, chosen, num_samples=self.samples, noise=noise, version=step)

@@ -43,7 +43,10 @@ def wilson(scores: Sequence[float], *, z: float = 1.959964) -> Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Answer the first `limit` tasks of every source once and have the answers judged; sources of a domain share a score."""
+    """Answer the first `limit` tasks of every source once and have the answers judged.
+
+    Sources of one domain share a score.
+    """
 
     model: str
     tasks: tuple[TaskSource, ...]

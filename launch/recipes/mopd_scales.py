@@ -1,5 +1,6 @@
 """Sizes of the `mopd` recipe: which tasks, how many steps, which learning rates, for each base model."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,11 +54,11 @@ TINY_RL = {
     "compute": TINY_COMPUTE,
 }
 TINY_DISTILL = {
-    "steps": 50,
+    "steps": 80,
     "prompts": 48,
-    "samples": 4,
+    "samples": 2,
     "sampling": Sampling(max_tokens=8),
-    "optimizer": AdamW(learning_rate=6e-4, schedule="linear", warmup_steps=5),
+    "optimizer": AdamW(learning_rate=8e-4, schedule="linear", warmup_steps=5),
     "compute": TINY_COMPUTE,
 }
 TINY = Scale(
@@ -80,12 +81,12 @@ SMOLLM2_RL = {
     "compute": SMOLLM2_COMPUTE,
 }
 SMOLLM2_DISTILL = {
-    "steps": 15,
-    "prompts": 12,
-    "samples": 2,
+    "steps": 20,
+    "prompts": 6,
+    "samples": 4,
     "sampling": Sampling(max_tokens=16, temperature=0.7),
     "optimizer": AdamW(learning_rate=3e-5, schedule="linear"),
-    "compute": SMOLLM2_COMPUTE,
+    "compute": dataclasses.replace(SMOLLM2_COMPUTE, row_tokens=216),
 }
 SMOLLM2 = Scale(
     domains=(
