@@ -5,6 +5,7 @@ Commands import what they need when they are called: JAX takes seconds to import
 
 import ast
 import errno
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -272,6 +273,7 @@ def build(words: Sequence[str]) -> SubcommandApp:
 
 def main() -> None:
     """Run the command of this process's command line and exit with its code."""
+    _hush_libtpu()
     words = sys.argv[1:]
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -281,6 +283,13 @@ def main() -> None:
         if debug:
             raise
         sys.exit(_explain(error, words))
+
+
+def _hush_libtpu() -> None:
+    """Where libtpu is installed and no TPU is (to plan for one), keep it from complaining that it finds none."""
+    if not any(Path("/dev").glob("accel*")) and not any(Path("/dev/vfio").glob("[0-9]*")):
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def _explain(error: BaseException, words: Sequence[str]) -> int:
