@@ -43,7 +43,7 @@ def _tiny_start(train: Sequence[TaskSource]) -> SFT:
     )
 
 
-TINY_COMPUTE = Compute(row_tokens=256, micro_rows=4, slots=96, save_every=50)
+TINY_COMPUTE = Compute(row_tokens=200, micro_rows=4, slots=96, save_every=50)
 TINY_RL = {
     "steps": 40,
     "prompts": 16,
@@ -54,12 +54,12 @@ TINY_RL = {
     "compute": TINY_COMPUTE,
 }
 TINY_DISTILL = {
-    "steps": 80,
+    "steps": 60,
     "prompts": 48,
     "samples": 2,
     "sampling": Sampling(max_tokens=8),
     "optimizer": AdamW(learning_rate=8e-4, schedule="linear", warmup_steps=5),
-    "compute": TINY_COMPUTE,
+    "compute": dataclasses.replace(TINY_COMPUTE, row_tokens=168),
 }
 TINY = Scale(
     domains=tuple(Characters(operation=name) for name in ("reverse", "sort", "rotate")),
