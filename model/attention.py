@@ -1,10 +1,12 @@
 """Grouped-query attention: who may attend to whom, and the attention itself."""
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 BRANCHES = 1024
 """A segment id is `group * BRANCHES + branch`; group 0 is padding. The same number as in the batch contract."""
+UNSEEN = float(jnp.finfo(jnp.float32).min)
 
 
 def segment_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
@@ -39,10 +41,10 @@ def attend(
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, dim)
     scores = jnp.einsum("btngk,bnsk->bngts", grouped, key, preferred_element_type=jnp.float32)
-    seen = allowed[:, None, None, :, :]
-    scores = jnp.where(seen, scores * dim**-0.5, jnp.finfo(jnp.float32).min)
-    scores = scores - jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.where(seen, jnp.exp(scores), 0.0)
-    weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    out = jnp.einsum("bngts,bnsk->bngtk", weights.astype(value.dtype), value)
+    scores = jnp.where(allowed[:, None, None, :, :], scores * dim**-0.5, UNSEEN)
+    highest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))  # any shift cancels, so no gradient is owed
+    weights = jnp.exp(scores - highest)
+    out = jnp.einsum("bngts,bnsk->bngtk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    # Divided last: K numbers a query instead of S.
+    out = jnp.where(highest > UNSEEN, out / jnp.sum(weights, axis=-1, keepdims=True), 0.0).astype(value.dtype)
     return out.reshape(batch, heads, length, dim).swapaxes(1, 2)
