@@ -253,7 +253,7 @@ def _attend(plan: Plan, query: Array, key: Array, value: Array, seen: Seen) -> A
     return _forward(plan, query, key, value, seen)[0]
 
 
-def _forward(plan: Plan, query: Array, key: Array, value: Array, seen: Seen) -> tuple[Array, tuple[Array, ...]]:
+def _forward(plan: Plan, query: Array, key: Array, value: Array, seen: Seen) -> tuple[Array, tuple[Any, ...]]:
     rows, heads, length, dim = query.shape
     grid = (rows, heads, length // plan.queries, key.shape[2] // plan.keys)
     cut = _specs(plan, dim, functools.partial(_by_query, plan))

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from . import rules
@@ -36,7 +37,10 @@ def make_mesh(
     if math.prod(sizes) != len(devices):
         named = dict(zip(rules.MESH_AXES, sizes, strict=True))
         raise ValueError(f"mesh {named} needs {math.prod(sizes)} devices, there are {len(devices)}: change the sizes")
-    grid = np.asarray(devices).reshape(sizes)
+    if devices[0].platform == "tpu":  # neighbours of an axis are then neighbours on the chips' torus
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        grid = np.asarray(devices).reshape(sizes)
     return Mesh(grid, rules.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 

@@ -90,7 +90,7 @@ def test_low_precision_stays_as_close_as_the_reference_does():
 
 def test_the_queries_of_one_part_of_a_row_see_the_keys_before_it():
     segments = jnp.asarray([PACKED["answers to a shared prompt"]], jnp.int32)
-    query, key, value = arrays()
+    query, key, value = map(jnp.asarray, arrays())
     whole = kernel(query, key, value, segments)
     for start in (8, 23):
         part = slice(start, start + 17)
