@@ -43,7 +43,9 @@ INSTALL = (
     "make one with `python3.12 -m venv maxtext-env && maxtext-env/bin/pip install 'maxtext[tpu]==0.2.5'` and pass "
     "--maxtext-python maxtext-env/bin/python"
 )
-FIND = "import importlib.metadata as m, maxtext, pathlib; print(m.version('maxtext'), pathlib.Path(maxtext.__path__[0]))"
+FIND = (
+    "import importlib.metadata as m, maxtext, pathlib; print(m.version('maxtext'), pathlib.Path(maxtext.__path__[0]))"
+)
 
 
 @dataclass(frozen=True)

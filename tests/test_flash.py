@@ -14,7 +14,7 @@ GROUP = attention.BRANCHES
 PACKED = {
     "one conversation": [GROUP] * 40,
     "conversations of odd lengths": [GROUP] * 13 + [2 * GROUP] * 1 + [3 * GROUP] * 19 + [4 * GROUP] * 7,
-    "answers to a shared prompt": [GROUP] * 11 + [GROUP + 1] * 9 + [GROUP + 2] * 9 + [2 * GROUP] * 5 + [2 * GROUP + 1] * 6,
+    "answers to a shared prompt": [GROUP] * 11 + [GROUP + 1] * 9 + [GROUP + 2] * 9 + [2 * GROUP] * 5 + [2049] * 6,
     "padding at the end": [GROUP] * 17 + [GROUP + 1] * 3 + [0] * 20,
     "padding in between": [0] * 5 + [GROUP] * 12 + [0] * 8 + [2 * GROUP] * 15,
     "nothing but padding": [0] * 40,
