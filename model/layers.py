@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..sharding import mesh as meshes
-from . import attention, rope
+from . import attention, flash, rope
 from .cache import Cache, read, write
 from .config import ModelConfig
 
@@ -44,11 +44,14 @@ def rms_norm(x: Float[Array, "B T D"], scale: Float[Array, " D"], eps: float) ->
 
 
 class Where(NamedTuple):
-    """What every layer must know of the tokens at hand: positions, the rotary angles of them, who sees whom."""
+    """What every layer must know of the tokens at hand: positions, the rotary angles of them, who sees whom.
+
+    That is a mask, or, for the kernel that makes its own, the segments of packed rows.
+    """
 
     positions: Int[Array, "B T"]
     angles: tuple[Float[Array, "B T K2"], Float[Array, "B T K2"]]
-    allowed: Bool[Array, "B T S"]
+    seen: Bool[Array, "B T S"] | Int[Array, "B T"]
 
 
 class Attention(nn.Module):
@@ -74,7 +77,10 @@ class Attention(nn.Module):
         else:
             cache = write(cache, layer, where.positions, (key, value))
             keys, values = read(cache, layer)
-        out = attention.attend(query, keys, values, where.allowed)
+        if where.seen.ndim == 3:
+            out = attention.attend(query, keys, values, where.seen)
+        else:
+            out = _attend_packed(query, keys, values, where.seen)
         kernel = self.param("o", _init(c), (c.num_heads, c.head_dim, c.embed_dim))
         out = jnp.einsum("bthk,hkd->btd", out, kernel.astype(x.dtype))
         if c.attention_bias:
@@ -90,6 +96,27 @@ class Attention(nn.Module):
                 out + self.param(f"{name}_bias", nn.initializers.zeros, (heads, c.head_dim)).astype(x.dtype)[None, None]
             )
         return meshes.constrain(out, "batch", "length", "heads" if name == "q" else "kv_heads", "head_dim")
+
+
+def _attend_packed(
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B N S K"],
+    value: Float[Array, "B N S K"],
+    segments: Int[Array, "B T"],
+) -> Float[Array, "B T H K"]:
+    """The flash kernel on every device: its rows, its heads, and its part of the queries of a row with all keys."""
+    heads, kv_heads = query.shape[2], key.shape[1]
+    if meshes.current_parts("heads", heads) != meshes.current_parts("kv_heads", kv_heads):
+        key, value = (jnp.repeat(x, heads // kv_heads, axis=1) for x in (key, value))
+
+    def local(query: Array, key: Array, value: Array, own: Array, whole: Array, order: Array) -> Array:
+        return flash.attend(query, key, value, (own, whole), order[:1])
+
+    keys = ("batch", "kv_heads", None, None)
+    axes = (("batch", "heads", "length", None), keys, keys, ("batch", "length"), ("batch", None), ("length",))
+    attend = meshes.per_device(local, *axes)
+    order = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    return attend(query.swapaxes(1, 2), key, value, segments, segments, order).swapaxes(1, 2)
 
 
 class Mlp(nn.Module):
@@ -148,8 +175,14 @@ class Ends(nn.Module):
             self.head = self.param("head", _init(c), (c.embed_dim, c.vocab_size))
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Look tokens up, in the compute type."""
-        return meshes.constrain(self.embedding[tokens].astype(self.config.dtype), "batch", "length", None)
+        """Look tokens up, in the compute type.
+
+        Each device looks up its own columns for all rows, which are then exchanged for all columns of its own rows:
+        neither the table nor its gradient is ever whole on a device.
+        """
+        table = meshes.constrain(self.embedding, *PARAM_AXES["embedding"])
+        x = meshes.constrain(table[tokens].astype(self.config.dtype), "rows", "length", "embed")
+        return meshes.constrain(x, "batch", "length", None)
 
     def norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The norm after the last layer."""

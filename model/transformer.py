@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..sharding import mesh as meshes
-from . import attention, rope
+from . import attention, logp, rope
 from .cache import Cache
 from .config import ModelConfig
 from .layers import PARAM_AXES, Block, Ends, Where
@@ -77,14 +77,14 @@ def apply(
         Hidden states after the last norm in the compute type, and the updated cache (None if none was given).
     """
     if cache is not None:
-        allowed = attention.cache_mask(positions, cache.slots)
+        seen = attention.cache_mask(positions, cache.slots)
     elif segments is not None:
-        allowed = attention.segment_mask(segments)
+        seen = segments if meshes.platform() == "tpu" else attention.segment_mask(segments)
     else:
         raise ValueError("apply needs `segments` (training) or `cache` (decoding) to know who attends to whom")
     ends = {name: value for name, value in params.items() if name != "layers"}
     x = _run(Ends(config), ends, tokens, method="embed")
-    where = Where(positions, rope.angles(config, positions), allowed)
+    where = Where(positions, rope.angles(config, positions), seen)
     x, cache = _layers(config, params["layers"], (x, cache), where)
     return _run(Ends(config), ends, x, method="norm"), cache
 
@@ -100,7 +100,7 @@ def _layers(
     """All decoder layers: one scan over stacked weights, or one after the other over a tuple of them."""
 
     def block(x: Array, cache: Cache | None, index: Array | int, weights: Params) -> tuple[Array, Cache | None]:
-        return _run(Block(config), weights, x, cache, index, where)
+        return _run(Block(config), _placed(weights), x, cache, index, where)
 
     if isinstance(layers, tuple):
         for index, weights in enumerate(layers):
@@ -109,6 +109,11 @@ def _layers(
     indices = jnp.arange(config.num_layers)
     step = _remat(config, lambda carry, layer: (block(*carry, *layer), None))
     return jax.lax.scan(step, carry, (indices, layers))[0]
+
+
+def _placed(weights: Params) -> Params:
+    """One layer's weights, told to lie as they are stored: then their gradients are scattered as they appear."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: meshes.constrain(x, *PARAM_AXES[path[-1].key]), weights)
 
 
 def _remat(config: ModelConfig, step: Callable) -> Callable:
@@ -150,29 +155,12 @@ def token_logp(
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     *,
-    chunk: int = 1024,
+    chunk: int = 4096,
     temperature: float = 1.0,
 ) -> Float[Array, "B T"]:
     """Log-probability of each target under softmax(logits / temperature), float32.
 
-    Runs over slices of T so that at most about `chunk` rows of logits exist at a time, forward and backward; the
-    backward pass computes them again.
+    Never holds logits of more than about `chunk` entries of the vocabulary, forward or backward; the backward pass
+    computes them again.
     """
-    batch, length, dim = hidden.shape
-    width = max(1, min(length, chunk // batch))
-    pad = -length % width
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, pad)))
-
-    @jax.checkpoint
-    def piece(_: None, inputs: tuple[Array, Array]) -> tuple[None, Array]:
-        scores = logits(config, params, inputs[0]) / temperature
-        chosen = jnp.take_along_axis(scores, inputs[1][..., None], axis=-1)[..., 0]
-        return None, chosen - jax.nn.logsumexp(scores, axis=-1)
-
-    slices = (
-        hidden.reshape(batch, -1, width, dim).swapaxes(0, 1),
-        targets.reshape(batch, -1, width).swapaxes(0, 1),
-    )
-    _, logp = jax.lax.scan(piece, None, slices)
-    return logp.swapaxes(0, 1).reshape(batch, -1)[:, :length]
+    return logp.token_logp(hidden, head(config, params), targets, chunk=chunk, temperature=temperature)

@@ -1,11 +1,12 @@
 """Device meshes, and how trees of arrays lie on them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from . import rules
@@ -36,7 +37,10 @@ def make_mesh(
     if math.prod(sizes) != len(devices):
         named = dict(zip(rules.MESH_AXES, sizes, strict=True))
         raise ValueError(f"mesh {named} needs {math.prod(sizes)} devices, there are {len(devices)}: change the sizes")
-    grid = np.asarray(devices).reshape(sizes)
+    if devices[0].platform == "tpu":  # neighbours of an axis are then neighbours on the chips' torus
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        grid = np.asarray(devices).reshape(sizes)
     return Mesh(grid, rules.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
@@ -74,6 +78,33 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, rules.spec(axes, x.shape, mesh))
+
+
+def per_device(function: Callable[..., jax.Array], *axes: rules.LogicalAxes) -> Callable[..., jax.Array]:
+    """`function` run by each device on its own parts of the arguments; the result lies like the first argument.
+
+    Args:
+        function: what one device computes; without a mesh set by `jax.set_mesh`, what is computed.
+        axes: the logical axes of each argument.
+    """
+
+    def call(*arguments: jax.Array) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return function(*arguments)
+        specs = tuple(rules.spec(names, x.shape, mesh) for names, x in zip(axes, arguments, strict=True))
+        return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arguments)
+
+    return call
+
+
+def platform() -> str:
+    """What a program traced now will run on: the platform of the mesh set by `jax.set_mesh`, else JAX's default.
+
+    A program compiled ahead of time for a TPU is traced where there is none.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def batch_parts(mesh: Mesh) -> int:

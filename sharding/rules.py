@@ -8,6 +8,7 @@ MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
+    "rows": ("data", "expert"),
     "length": ("context",),
     "vocab": ("tensor",),
     "embed": ("fsdp",),

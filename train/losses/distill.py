@@ -136,7 +136,7 @@ def _piece(plan: _Plan, view: Array, start: Array) -> Array:
 
 
 def _project(hidden: Array, piece: Array) -> Array:
-    return jnp.tensordot(hidden, piece, axes=1, preferred_element_type=jnp.float32)
+    return jnp.tensordot(hidden, piece.astype(hidden.dtype), axes=1, preferred_element_type=jnp.float32)
 
 
 def _num_chunks(plan: _Plan) -> int:
