@@ -69,7 +69,9 @@ def _exposed(found: Compiled) -> list[str]:
         shown = math.fsum(one.times * one.bytes for one in mine if not one.hidden)
         if shown > 0.5 * total and shown > REPLICATED:
             worst = max((one for one in mine if not one.hidden), key=lambda one: one.times * one.bytes)
-            remedy = "more rows per update amortise it" if across else "a smaller tensor axis or more rows per device help"
+            remedy = (
+                "more rows per update amortise it" if across else "a smaller tensor axis or more rows per device help"
+            )
             said.append(
                 f"{shown / GIB:.2f} GiB over {network} runs outside of any computation, most of it the {worst.kind} of "
                 f"{worst.source}: {remedy}"

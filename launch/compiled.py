@@ -65,7 +65,9 @@ def check_compiler() -> None:
         )
 
 
-def make_mesh(topology: Topology, sizes: Mapping[str, int], chips_per_host: tuple[int, ...] | None) -> jax.sharding.Mesh:
+def make_mesh(
+    topology: Topology, sizes: Mapping[str, int], chips_per_host: tuple[int, ...] | None
+) -> jax.sharding.Mesh:
     """A mesh over the topology's devices; `data` goes over the slices and `fsdp` over the rest unless told.
 
     Raises:
@@ -74,8 +76,8 @@ def make_mesh(topology: Topology, sizes: Mapping[str, int], chips_per_host: tupl
     sizes = {"data": topology.slices, **sizes}
     if sizes["data"] % topology.slices:
         raise ValueError(
-            f"a data axis of {sizes['data']} does not divide over {topology.slices} slices: only whole replicas lie in a "
-            "slice, so choose a multiple"
+            f"a data axis of {sizes['data']} does not divide over {topology.slices} slices: only whole replicas lie "
+            "in a slice, so choose a multiple"
         )
     return meshes.make_mesh(**sizes, devices=_devices(topology, chips_per_host))
 

@@ -102,7 +102,7 @@ class Module:
 
     def _turns(self, computation: str, loop: Instruction) -> int:
         """How often a loop turns: (end - start) / step of the counter that its condition compares, or `trips`."""
-        known = re.search(r'known_trip_count[^0-9]*(\d+)', loop.attributes)
+        known = re.search(r"known_trip_count[^0-9]*(\d+)", loop.attributes)
         if known:
             return int(known[1])
         names = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", loop.attributes)
@@ -260,19 +260,33 @@ def _group(attributes: str) -> tuple[int, ...]:
     if pairs:
         return int(pairs[1]), int(pairs[2])
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if not iota:
-        return ()
-    size, shape = int(iota[2]), [int(n) for n in iota[3].split(",")]
-    order = [int(n) for n in iota[4].split(",")] if iota[4] else list(range(len(shape)))
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    group = []
-    for index in range(size):
-        place = 0
-        for axis in reversed(order):
-            index, digit = divmod(index, shape[axis])
-            place += digit * strides[axis]
-        group.append(place)
-    return tuple(group)
+    if iota:
+        shape = [int(n) for n in iota[3].split(",")]
+        order = [int(n) for n in iota[4].split(",")] if iota[4] else list(range(len(shape)))
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        members = _grid([(shape[axis], strides[axis]) for axis in order])
+        return members[: int(iota[2])]
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    if named:
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        parts = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[2])
+        return _grid([_part(sizes, axis, int(before or 1), int(size or sizes[axis])) for axis, before, size in parts])
+    return ()
+
+
+def _part(sizes: Mapping[str, int], axis: str, before: int, size: int) -> tuple[int, int]:
+    """Size and stride of a mesh axis, or of the part of it that follows `before` in it."""
+    names = list(sizes)
+    inner = math.prod(sizes[name] for name in names[names.index(axis) + 1 :])
+    return size, inner * sizes[axis] // (before * size)
+
+
+def _grid(axes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """All places of a grid whose axes have these sizes and strides, the last axis fastest."""
+    places = [0]
+    for size, stride in axes:
+        places = [place + index * stride for place in places for index in range(size)]
+    return tuple(places)
 
 
 def _source(one: Instruction) -> str:
@@ -314,8 +328,8 @@ def _read(one: Instruction, users: Mapping[str, list[Instruction]], names: Mappi
         elif user.opcode == "bitcast":
             total += _read(user, users, names)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == one.name:
-            continue
-        elif user.opcode == "tuple" or user.opcode in COLLECTIVES or "AsyncCollective" in user.attributes:
+            continue  # what it does not overwrite stays where it is
+        elif user.opcode in ("tuple", *COLLECTIVES) or "AsyncCollective" in user.attributes:
             continue
         else:
             return math.inf

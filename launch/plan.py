@@ -1,6 +1,6 @@
 """Plans a recipe: a `run` that compiles each stage's own programs for a TPU topology instead of training.
 
-    python -m posttrain.launch.plan REQUEST ANSWER     (JSON files; `posttrain plan` calls it with the right environment)
+python -m posttrain.launch.plan REQUEST ANSWER     (JSON files; `posttrain plan` calls it with the right environment)
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ import rich.console
 import rich.progress
 
 from ..model import config as configs
-from ..sharding import mesh as meshes
 from ..sharding import topology as topologies
 from ..sharding.topology import GIB, Topology
 from ..train.programs import Program
@@ -39,6 +38,7 @@ class Request:
     mesh: Mapping[str, int] = field(default_factory=dict)
     compute: Mapping[str, Any] = field(default_factory=dict)
     cache: str = ".compiled"
+    suggest: bool = False
 
 
 class Planning:
@@ -78,16 +78,20 @@ def plan(request: Request) -> dict[str, Any]:
     mesh = compiled.make_mesh(topology, request.mesh, request.chips_per_host)
     with tempfile.TemporaryDirectory() as folder:
         run = Planning(Path(folder), request.compute)
-        importlib.import_module(f"..recipes.{request.recipe}", __package__).recipe(run, **request.options)
+        importlib.import_module(f".recipes.{request.recipe}", __package__).recipe(run, **request.options)
+        stages = [(name, stage, stage.programs(mesh)) for name, stage in run.stages]
         with jax.set_mesh(mesh):
-            stages = [(name, stage, stage.programs(mesh)) for name, stage in run.stages]
             planned = _each(stages, lambda one: program(one, topology, mesh, Path(request.cache)))
     return summary(request, topology, mesh, planned)
 
 
 def _each(stages: Sequence[tuple[str, Stage, Mapping[str, Program]]], work: Callable[[Program], Any]) -> list[Any]:
     """Plan the programs of all stages, with a progress bar on stderr."""
-    columns = ("[progress.description]{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn())
+    columns = (
+        "[progress.description]{task.description}",
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+    )
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(*columns, rich.progress.TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("", total=sum(len(programs) for _, _, programs in stages))

@@ -32,7 +32,7 @@ def locate(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if str(name_or_path) in configs.PUBLISHED:
         raise FileNotFoundError(
-            f"{name_or_path!r} is a shape without weights, for `posttrain plan`: to run it, give a folder that holds them"
+            f"{name_or_path!r} is a shape without weights, for `posttrain plan`: to run it, give a folder with them"
         )
     if not path.exists():
         raise FileNotFoundError(f"no model at {path}: give 'smollm2', a Hugging Face folder or a .gguf file")

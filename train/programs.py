@@ -98,7 +98,9 @@ def training(
         forward=loss,
         resident=(state.opt_state, resident),
     )
-    update = Program(function=updater.jit_update(optimizer, state), arguments=(state, sums), calls=updates, resident=resident)
+    update = Program(
+        function=updater.jit_update(optimizer, state), arguments=(state, sums), calls=updates, resident=resident
+    )
     return {"gradients": gradients, "update": update}
 
 
@@ -133,7 +135,10 @@ def generation(
     held = min(slots, answers)
     return {
         "prefill": Program(
-            **calls["prefill"]._asdict(), calls=waves, tokens=held // min(group, held) * prompt_tokens, resident=resident
+            **calls["prefill"]._asdict(),
+            calls=waves,
+            tokens=held // min(group, held) * prompt_tokens,
+            resident=resident,
         ),
         "decode": Program(
             **calls["decode"]._asdict(),
