@@ -3,6 +3,7 @@
 Runs in a process of its own, with the environment that `environment` gives: the TPU library reads it when it is loaded.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -102,45 +103,43 @@ def _host(topology: Topology) -> tuple[int, ...]:
 
 
 def analyse(traced: Any, *, trips: int, topology: Topology, cache: Path) -> Compiled:
-    """Compile a traced program, or remember what it was when it was compiled before."""
+    """Compile a traced program, or remember what the compiler made of it before; `trips` as in `hlo.parse`."""
     lowered = traced.lower()
-    versions = [jax.__version__, metadata.version("libtpu"), Path(hlo.__file__).read_text(), str(topology), str(trips)]
+    versions = [jax.__version__, metadata.version("libtpu"), str(topology)]
     key = hashlib.sha256("\n".join([*versions, lowered.as_text()]).encode()).hexdigest()
-    path = cache / f"{key[:32]}.json"
-    if path.is_file():
-        found = json.loads(path.read_text())
-        transfers = (Collective(**{**one, "group": tuple(one["group"])}) for one in found.pop("collectives"))
-        return Compiled(**found, collectives=tuple(transfers))
-    result = _compile(lowered, trips)
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(result._asdict() | {"collectives": [one._asdict() for one in result.collectives]}))
-    partial.rename(path)
-    return result
+    path = cache / f"{key[:32]}.json.gz"
+    if not path.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(gzip.compress(json.dumps(_compile(lowered)).encode()))
+        partial.rename(path)
+    found = json.loads(gzip.decompress(path.read_bytes()))
+    if not found["fits"]:
+        return Compiled(**found)
+    module = hlo.parse(found.pop("hlo"), trips=trips)
+    return Compiled(**found, accessed=module.bytes_accessed(hbm_only=True), collectives=tuple(module.collectives()))
 
 
-def _compile(lowered: Any, trips: int) -> Compiled:
+def _compile(lowered: Any) -> dict[str, Any]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).lower():
-            return Compiled(fits=False, needed=_wanted(str(error)))
+            return {"fits": False, "needed": _wanted(str(error))}
         raise
     memory = compiled.memory_analysis()
-    module = hlo.parse(compiled.as_text(), trips=trips)
-    return Compiled(
-        fits=True,
-        needed=memory.argument_size_in_bytes
+    return {
+        "fits": True,
+        "needed": memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes,
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        peak=memory.peak_memory_in_bytes,
-        accessed=module.bytes_accessed(hbm_only=True),
-        collectives=tuple(module.collectives()),
-    )
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
+        "hlo": compiled.as_text(),
+    }
 
 
 def _wanted(message: str) -> float:

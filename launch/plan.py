@@ -22,7 +22,7 @@ from ..model import config as configs
 from ..sharding import topology as topologies
 from ..sharding.topology import GIB, Topology
 from ..train.programs import Program
-from . import advice, compiled, cost, roofline
+from . import advice, compiled, cost, roofline, suggest
 from .recipe import Stage
 
 
@@ -82,7 +82,42 @@ def plan(request: Request) -> dict[str, Any]:
         stages = [(name, stage, stage.programs(mesh)) for name, stage in run.stages]
         with jax.set_mesh(mesh):
             planned = _each(stages, lambda one: program(one, topology, mesh, Path(request.cache)))
-    return summary(request, topology, mesh, planned)
+        found = summary(request, topology, mesh, planned)
+        if request.suggest:
+            found["suggestion"] = suggestion(request, topology, run.stages, found)
+    return found
+
+
+def suggestion(
+    request: Request, topology: Topology, stages: Sequence[tuple[str, Stage]], found: Mapping[str, Any]
+) -> list[str]:
+    """Better settings for the stage that trains longest, as `suggest.search` says them.
+
+    Raises:
+        ValueError: for a recipe that trains nothing, or a model that no mesh of these chips holds.
+    """
+    training = [i for i, one in enumerate(found["stages"]) if "gradients" in one["programs"]]
+    if not training:
+        raise ValueError(f"the recipe {request.recipe!r} trains nothing: there is no step to suggest settings for")
+    longest = max(training, key=lambda i: found["stages"][i]["programs"]["gradients"]["flops"])
+    (name, stage), config = stages[longest], stages[longest][1].result()
+    assert config is not None
+    settings: Any = stage
+    ranked = suggest.candidates(config, settings.compute.row_tokens, topology)
+    if not ranked:
+        raise ValueError(
+            f"no mesh of {topology} holds the {config.num_params / 1e9:.1f}B parameters of {name} and their optimizer "
+            f"({suggest.STATE_BYTES * config.num_params / 1e9:,.0f} GB): take more chips"
+        )
+
+    def step(one: suggest.Candidate) -> dict[str, Any]:
+        mesh = compiled.make_mesh(topology, one.mesh, request.chips_per_host)
+        changed = configured(stage, {**request.compute, "remat": one.remat, "micro_rows": one.micro_rows})
+        gradients = changed.programs(mesh)["gradients"]
+        with jax.set_mesh(mesh):
+            return program(gradients, topology, mesh, Path(request.cache))
+
+    return [f"{name}, gradients:", *suggest.search(ranked, step, found["stages"][longest]["programs"]["gradients"])]
 
 
 def _each(stages: Sequence[tuple[str, Stage, Mapping[str, Program]]], work: Callable[[Program], Any]) -> list[Any]:
