@@ -14,6 +14,7 @@ SHARE = {
     "all-to-all": lambda n: (n - 1) / n,
     "ragged-all-to-all": lambda n: (n - 1) / n,
     "collective-permute": lambda n: 1,
+    "one-to-one": lambda n: 1,
 }
 """Bytes that each of n devices sends per byte that it gives to a collective, by the best algorithm."""
 
