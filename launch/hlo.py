@@ -182,6 +182,9 @@ class Module:
             return self._fused(one, operands, hbm_only)
         if one.opcode == "copy-start":
             return size(one.arrays[:2])
+        if one.opcode in ("slice-start", "dynamic-slice-start"):
+            source, part = one.arrays[0], one.arrays[1]
+            return size([part]) + (part.bytes if source.in_hbm or not hbm_only else 0.0)
         if one.opcode.endswith("-start"):
             return math.fsum(operands) + size(one.arrays[1:2])
         return _touched(one.opcode, operands, size(one.arrays))

@@ -16,6 +16,8 @@ from test_stages import STAGES
 from posttrain.launch import compiled, cost, plan_page
 from posttrain.launch.commands import plan as command
 from posttrain.model import config as configs
+from posttrain.model import transformer
+from posttrain.sharding import mesh as meshes
 from posttrain.train import checkpoint
 
 needs_compiler = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu exists for Linux on x86-64")
@@ -87,14 +89,8 @@ def test_gradients_cross_the_slices_and_nothing_else_does_in_one(plans):
         return sum(one["bytes"] for one in rows if one["network"] == "DCN")
 
     assert across(("v5e:2x2", 1)) == 0
-    params = sum(x.size for x in jax.tree.leaves(_tiny_params()))
+    params = sum(x.size for x in jax.tree.leaves(transformer.abstract_params(checkpoint.open_config("tiny"))))
     assert across(("v5e:2x2", 2)) > params / 4 * 2  # at least a shard of them, in bfloat16
-
-
-def _tiny_params():
-    from posttrain.model import transformer
-
-    return transformer.abstract_params(checkpoint.open_config("tiny"))
 
 
 @needs_compiler
@@ -170,7 +166,7 @@ def test_published_shapes_open_without_weights_and_only_without():
     assert checkpoint.open_config("llama3.1-70b").num_params == 70_553_706_496
     assert checkpoint.open_config("qwen2.5-32b").num_params == pytest.approx(32_763_876_352, rel=1e-4)
     with pytest.raises(FileNotFoundError, match="'llama3.1-8b' is a shape without weights"):
-        checkpoint.open_model("llama3.1-8b", None)  # pyright: ignore[reportArgumentType]
+        checkpoint.open_model("llama3.1-8b", meshes.make_mesh())
     assert set(configs.PUBLISHED) == {"llama3.1-8b", "qwen2.5-32b", "llama3.1-70b"}
 
 

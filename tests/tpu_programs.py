@@ -47,7 +47,7 @@ def unrolled(mesh):
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), params)
     batch = programs.abstract_batch(dataclasses.replace(COMPUTE, row_tokens=256, micro_rows=4), one)
     with jax.set_mesh(one):
-        traced = jax.jit(jax.grad(lambda p, b: loss(p, b)[0])).trace(params, batch)
+        traced = jax.jit(jax.value_and_grad(lambda p, b: loss(p, b)[0])).trace(params, batch)
         made = traced.lower().compile()
     analysis, memory = made.cost_analysis(), made.memory_analysis()
     module = hlo.parse(made.as_text())

@@ -35,7 +35,7 @@ class Program:
     arguments: tuple[Any, ...]
     static: tuple[Any, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
-    calls: float = 1.0
+    calls: float | int = 1
     tokens: int = 0
     trips: int = 1
     forward: Callable[..., Any] | None = None
