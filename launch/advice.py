@@ -11,6 +11,7 @@ from .compiled import Compiled
 
 REPLICATED = 64 * 2**20
 """An array of at least this many bytes that every device holds whole is worth a warning."""
+LANES = 128
 PADDING = 0.2
 """So is memory of which this share is padding."""
 
@@ -18,7 +19,8 @@ PADDING = 0.2
 def warnings(program: Program, found: Compiled, topology: Topology, mesh: jax.sharding.Mesh) -> list[str]:
     """One sentence each."""
     leaves = [leaf for leaf in jax.tree.leaves_with_path(program.arguments) if leaf[1].ndim]
-    return [*_replicated(leaves, mesh), *_padded(leaves, found), *_memory(found, topology), *_exposed(found)]
+    arrays = [*_replicated(leaves, mesh), *_narrow(leaves), *_padded(leaves, found)]
+    return [*arrays, *_memory(found, topology), *_exposed(found)]
 
 
 def _replicated(leaves: list[tuple[Any, Any]], mesh: jax.sharding.Mesh) -> list[str]:
@@ -36,6 +38,26 @@ def _replicated(leaves: list[tuple[Any, Any]], mesh: jax.sharding.Mesh) -> list[
                 "dimensions: choose mesh sizes that do"
             )
     return said
+
+
+def _narrow(leaves: list[tuple[Any, Any]]) -> list[str]:
+    """Big arrays of which a mesh axis leaves a device less than the 128 numbers that a tile is wide.
+
+    Seen of the TPU compiler: it then gathers them by summing over zeros, which moves twice as much.
+    """
+    found = []
+    for path, leaf in leaves:
+        if leaf.sharding is None or math.prod(leaf.shape) * leaf.dtype.itemsize < REPLICATED:
+            continue
+        pairs = zip(leaf.shape[-2:], leaf.sharding.shard_shape(leaf.shape)[-2:], strict=True)
+        if any(part < min(whole, LANES) for whole, part in pairs):
+            found.append(jax.tree_util.keystr(path))
+    if not found:
+        return []
+    return [
+        f"{len(found)} big arrays such as {found[0]} are split into pieces less than {LANES} wide, so that gathering "
+        "them moves twice as much: a smaller fsdp axis, with the rest in data or tensor, avoids it"
+    ]
 
 
 def _padded(leaves: list[tuple[Any, Any]], found: Compiled) -> list[str]:
@@ -73,7 +95,7 @@ def _exposed(found: Compiled) -> list[str]:
                 "more rows per update amortise it" if across else "a smaller tensor axis or more rows per device help"
             )
             said.append(
-                f"{shown / GIB:.2f} GiB over {network} runs outside of any computation, most of it the {worst.kind} of "
-                f"{worst.source}: {remedy}"
+                f"{shown / GIB:.2f} GiB over {network} runs outside of any computation, most of it "
+                f"{worst.times:.0f} times the {worst.kind} of {worst.source}: {remedy}"
             )
     return said
