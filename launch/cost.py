@@ -70,6 +70,5 @@ def array_bytes(tree: Any) -> float:
 
 
 def _on_one_device(leaf: Any) -> float:
-    if leaf.sharding is None or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
-        return float(math.prod(leaf.shape)) * 4
-    return float(math.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return float(math.prod(shape)) * leaf.dtype.itemsize

@@ -286,7 +286,9 @@ def _unstack(config: ModelConfig, params: transformer.Params) -> transformer.Par
 def _axes(state: _Slots) -> _Slots:
     """Logical axes of every array: slots over the data axes, heads over the tensor axis."""
     cache = jax.tree.map(lambda x: caches.AXES[-x.ndim :], state.cache)
-    rest = {name: ("batch", *([None] * (x.ndim - 1))) for name, x in state._asdict().items() if name != "cache"}
+    rest: dict[str, Any] = {
+        name: ("batch", *([None] * (x.ndim - 1))) for name, x in state._asdict().items() if name != "cache"
+    }
     return _Slots(cache=cache, **rest)
 
 

@@ -50,6 +50,7 @@ def unrolled(mesh):
         traced = jax.jit(jax.value_and_grad(lambda p, b: loss(p, b)[0])).trace(params, batch)
         made = traced.lower().compile()
     analysis, memory = made.cost_analysis(), made.memory_analysis()
+    assert analysis and memory
     module = hlo.parse(made.as_text())
     return {
         "flops": [cost.matmul_flops(traced.jaxpr), analysis["flops"]],

@@ -59,12 +59,12 @@ def abstract_sums(loss: Loss, mesh: jax.sharding.Mesh, params: Any, batch: Mappi
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, where)
 
 
-def jit_accumulate(loss: Loss, sums: Sums) -> Any:
+def jit_accumulate(loss: Loss, sums: Sums) -> Callable[..., Sums]:
     """The compiled `accumulate(sums, params, batch, *constants)`, for sums that lie like these. Donates them."""
     return jax.jit(make_accumulate(loss), donate_argnums=0, out_shardings=_shardings(sums))
 
 
-def jit_update(optimizer: optax.GradientTransformation, state: State) -> Any:
+def jit_update(optimizer: optax.GradientTransformation, state: State) -> Callable[..., tuple[State, Metrics]]:
     """The compiled `update(state, sums)`, for a state that lies like this one. Donates it."""
     return jax.jit(make_update(optimizer), donate_argnums=0, out_shardings=(_shardings(state), None))
 
