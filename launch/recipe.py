@@ -5,13 +5,15 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 
+from ..model.config import ModelConfig
 from ..train.loop import Interrupted, check_stop
+from ..train.programs import Programs
 
 
 class Stage(Protocol):
@@ -21,8 +23,12 @@ class Stage(Protocol):
         """Do the work, going on from whatever `out` holds; the result is in `out`."""
         ...
 
-    def programs(self, mesh: jax.sharding.Mesh) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    def programs(self, mesh: jax.sharding.Mesh) -> Programs:
         """The programs that `train` runs, with abstract arguments."""
+        ...
+
+    def result(self) -> ModelConfig | None:
+        """The shape of the model that `train` makes; None if it makes none."""
         ...
 
 

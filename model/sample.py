@@ -122,10 +122,25 @@ def _filling(size: int, parts: int) -> int:
     return -(-size // parts) * parts
 
 
+class Call(NamedTuple):
+    """A compiled function of the engine, its static arguments, and the others as shapes."""
+
+    function: Any
+    static: tuple[Any, ...]
+    arguments: tuple[Any, ...]
+
+
 def programs(
-    config: ModelConfig, params: Any, sampling: Sampling, *, slots: int, group: int, prompt_tokens: int, parts: int = 1
-) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """The compiled programs of generation with abstract arguments: {name: (function, arguments)}.
+    config: ModelConfig,
+    params: Any,
+    sampling: Sampling,
+    *,
+    slots: int,
+    group: int,
+    prompt_tokens: int,
+    mesh: jax.sharding.Mesh,
+) -> dict[str, Call]:
+    """What generation compiles on accelerators, with abstract arguments.
 
     Args:
         config: the model's shape.
@@ -134,21 +149,29 @@ def programs(
         slots: answers decoded at a time.
         group: samples per prompt.
         prompt_tokens: length of the longest prompt.
-        parts: number of parts that the mesh splits a batch into.
+        mesh: where they lie.
     """
+    parts = meshes.batch_parts(mesh)
     slots = _filling(slots, parts)
+    group = min(group, slots)
     width, capacity = bucket(prompt_tokens), bucket(sampling.max_tokens)
     length = bucket(prompt_tokens + capacity, minimum=MIN_LENGTH)
     dials = np.int32(sampling.max_tokens), np.float32(sampling.temperature)
-    state = jax.eval_shape(partial(_start, config, slots, length, capacity, False, *dials))
+    shapes = jax.eval_shape(partial(_start, config, slots, length, capacity, False, *dials))
+    state = jax.tree.map(lambda x, axes: _lying(x, axes, mesh), shapes, _axes(shapes))
     key = jax.eval_shape(lambda: jax.random.key(0))
     ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    prompts = _filling(max(1, slots // group), parts)
+    prompts = _filling(slots // group, parts)
     admitted = (ints((prompts, width)), ints((prompts,)), ints((prompts, group)), ints((prompts, group)))
+    static = (config, sampling.compiled)
     return {
-        "prefill": (partial(_admit, config, sampling.compiled), (params, state, key, *admitted)),
-        "decode": (partial(_decode, config, sampling.compiled), (params, state, key, ints(()))),
+        "prefill": Call(_admit, static, (params, state, key, *admitted)),
+        "decode": Call(_decode, static, (params, state, key, ints(()))),
     }
+
+
+def _lying(x: jax.ShapeDtypeStruct, axes: tuple[str | None, ...], mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=meshes.sharding(axes, x.shape, mesh))
 
 
 def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
@@ -260,12 +283,18 @@ def _unstack(config: ModelConfig, params: transformer.Params) -> transformer.Par
     return transformer.unstack(config, params)
 
 
-def _constrain(state: _Slots) -> _Slots:
-    """Slots over the data axes, heads over the tensor axis."""
-    put = meshes.constrain
-    cache = jax.tree.map(lambda x: put(x, *caches.AXES[-x.ndim :]), state.cache)
-    rest = {name: put(x, "batch", *([None] * (x.ndim - 1))) for name, x in state._asdict().items() if name != "cache"}
+def _axes(state: _Slots) -> _Slots:
+    """Logical axes of every array: slots over the data axes, heads over the tensor axis."""
+    cache = jax.tree.map(lambda x: caches.AXES[-x.ndim :], state.cache)
+    rest: dict[str, Any] = {
+        name: ("batch", *([None] * (x.ndim - 1))) for name, x in state._asdict().items() if name != "cache"
+    }
     return _Slots(cache=cache, **rest)
+
+
+def _constrain(state: _Slots) -> _Slots:
+    """Every array told to lie as its axes say."""
+    return jax.tree.map(lambda x, axes: meshes.constrain(x, *axes), state, _axes(state))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

@@ -87,18 +87,18 @@ def test_help_does_not_wait_for_jax():
 def test_help_shows_recipes_and_the_options_of_a_recipe(posttrain):
     code, top, _ = posttrain("--help")
     assert code == 0
-    for command in ("run", "eval", "chat", "merge", "convert", "report"):
+    for command in ("run", "plan", "eval", "chat", "merge", "convert", "report"):
         assert f"• {command} " in top
     assert "• mopd" in posttrain("run", "--help")[1]
     code, options, _ = posttrain("run", "mopd", "--help")
     assert code == 0
-    assert all(name in options for name in ("--out", "--smoke", "--base {smollm2,tiny}", "--objective"))
+    assert all(name in options for name in ("--out", "--smoke", "--base {smollm2,tiny,", "--objective"))
 
 
 def test_an_unknown_recipe_is_one_sentence(posttrain):
     code, stdout, stderr = posttrain("run", "sorcery", "--out", "nowhere")
     assert (code, stdout) == (2, "")
-    assert stderr == "posttrain: there is no recipe 'sorcery': choose one of mopd\n"
+    assert stderr == "posttrain: there is no recipe 'sorcery': choose one of mopd, rl, sft\n"
 
 
 @pytest.mark.parametrize("words", [["run", "mopd"], ["run"], ["eval"], ["merge", "slerp", "a", "--out", "b"], ["what"]])

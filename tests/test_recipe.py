@@ -44,6 +44,10 @@ class Count:
         """None."""
         return {}
 
+    def result(self) -> None:
+        """None."""
+        return None
+
 
 def ends(folder: Path) -> list[str]:
     return [json.loads(line)["end"] for line in (folder / "attempts.jsonl").read_text().splitlines()]

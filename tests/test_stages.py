@@ -58,9 +58,26 @@ def test_planned_programs_lower_on_eight_devices(stage):
     planned = stage.programs(mesh)
     assert bool(planned) != isinstance(stage, Convert)
     with jax.set_mesh(mesh):
-        for name, (function, arguments) in planned.items():
-            assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(arguments)), name
-            assert "module" in jax.jit(function).lower(*arguments).as_text(), name
+        for name, program in planned.items():
+            assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(program.arguments)), name
+            assert program.calls > 0 and "module" in program.trace().lower().as_text(), name
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: type(stage).__name__)
+def test_a_stage_says_which_model_it_makes(stage):
+    assert stage.result() == (None if isinstance(stage, Evaluate) else checkpoint.open_config("tiny"))
+
+
+def test_the_calls_of_a_stage_follow_from_its_settings():
+    rl, mesh = STAGES[1], one_device()
+    assert {name: one.calls for name, one in rl.programs(mesh).items()} == {
+        "gradients": 2 * 2 * 1,  # steps, updates; four answers of a prompt and at most 48 tokens in micro-batches of 8
+        "update": 2 * 2,
+        "score": 2 * 2 * 2,  # by the policy before its updates and by the reference
+        "prefill": 2,
+        "decode": 2,  # 2 prompts x 4 answers fill the 8 slots once a step
+    }
+    assert rl.programs(mesh)["decode"].trips == SAMPLING.max_tokens
 
 
 def test_every_stage_plans_its_programs():
@@ -70,22 +87,27 @@ def test_every_stage_plans_its_programs():
             if dataclasses.is_dataclass(kind) and hasattr(kind, "train"):
                 found.add(kind)
     assert found == {type(stage) for stage in STAGES}
-    assert all(callable(kind.programs) for kind in found)
+    assert all(callable(kind.programs) and callable(kind.result) for kind in found)
 
 
 def test_a_planned_step_is_the_step_that_trains(tmp_path):
     """The compiled plan, run on real arrays, takes the same step as the stage."""
     stage, mesh = dataclasses.replace(STAGES[0], steps=1), one_device()
-    function, (abstract, abstract_batch) = stage.programs(mesh)["train"]
+    planned = stage.programs(mesh)
+    gradients, update = planned["gradients"], planned["update"]
     model = checkpoint.open_model("tiny", mesh)
     stage.train(tmp_path / "sft", mesh)
     now = state.create(model.params, stage.optimizer.build(1), mesh)
     conversations = sft.Shuffled(stage.data.open(), seed=stage.seed)
     rows = sft.batch(model.tokenizer, [conversations[i] for i in range(8)], length=48)
     (micro,) = sft.micro_batches(rows, COMPUTE.rows(mesh), mesh)
+    abstract_sums, _, abstract_batch = gradients.arguments
     assert jax.tree.map(jnp.shape, micro) == jax.tree.map(jnp.shape, abstract_batch)
-    assert jax.tree.map(jnp.shape, now) == jax.tree.map(jnp.shape, abstract)
-    after, _ = jax.jit(function)(now, micro)
+    assert jax.tree.map(jnp.shape, now) == jax.tree.map(jnp.shape, update.arguments[0])
+    zeros = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), abstract_sums)
+    with jax.set_mesh(mesh):
+        sums = gradients.trace().lower().compile()(zeros, now.params, micro)
+        after, _ = update.trace().lower().compile()(now, sums)
     for name, leaf in checkpoint.leaves(tmp_path / "sft", mesh):
         expected = after.params
         for key in name.split("."):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from ..model.config import ModelConfig
 from ..sharding import mesh as meshes
 from . import checkpoint, programs
 
@@ -22,3 +23,7 @@ class Convert:
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
         """Nothing is compiled."""
         return {}
+
+    def result(self) -> ModelConfig:
+        """The shape of the model that the stage makes."""
+        return checkpoint.open_config(self.source)

@@ -235,17 +235,32 @@ class Distill:
         return sums
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
-        """The compiled programs of this stage and their abstract arguments, the first teacher's for all."""
+        """The compiled programs of this stage, the first teacher's for all; domains are evenly drawn."""
         config = self.compute.configure(checkpoint.open_config(self.start))
         teacher = self.compute.configure(checkpoint.open_config(next(iter(self.teachers.values()))))
+        temperature = self.sampling.temperature or 1.0
         params = state.abstract_params(teacher, mesh)
         fields = {"advantage": (), "behavior_logp": (), **self.objective.fields(teacher)}
         constants = jax.eval_shape(self.objective.constants, params)
-        loss, optimizer = self.objective.loss(config), self.optimizer.build(self.steps)
-        named = programs.training(loss, config, optimizer, self.compute, mesh, *constants, fields=fields)
-        batch = programs.abstract_batch(self.compute, mesh)
-        named["teacher"] = (lambda p, b: self.objective.teach(teacher, p, b), (params, batch))
-        return named | programs.generation(config, self.sampling, self.compute, self.samples, mesh)
+        batch = programs.abstract_batch(self.compute, mesh, fields)
+        loss, optimizer = self.objective.loss(config, temperature=temperature), self.optimizer.build(self.steps)
+        tokens = rollout.packed_tokens(self.prompts, self.samples, self.sampling, self.compute)
+        size = {"updates": self.steps, "tokens": tokens}
+        named = programs.training(loss, config, optimizer, batch, mesh, *constants, **size, resident=params)
+        beside = named["gradients"].resident
+        named["teacher"] = programs.Program(
+            function=jax.jit(lambda p, b: self.objective.teach(teacher, p, b, temperature=temperature)),
+            arguments=(params, batch),
+            calls=named["gradients"].calls,
+            tokens=named["gradients"].tokens,
+            resident=(state.abstract_params(config, mesh), beside[0]),
+        )
+        of = {"group": self.samples, "answers": self.prompts * self.samples, "times": self.steps, "resident": beside}
+        return named | programs.generation(config, self.sampling, self.compute, mesh, **of)
+
+    def result(self) -> ModelConfig:
+        """The shape of the model that the stage makes."""
+        return checkpoint.open_config(self.start)
 
 
 def _by_domain(groups: Sequence[Sequence[Rollout]], teachers: Mapping[str, str]) -> dict[str, list[Sequence[Rollout]]]:

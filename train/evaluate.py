@@ -84,7 +84,13 @@ class Evaluate:
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
         """The compiled programs of this stage and their abstract arguments."""
         config = self.compute.configure(checkpoint.open_config(self.model))
-        return programs.generation(config, self.sampling, self.compute, 1, mesh)
+        answers = min(self.limit, max(map(len, self.tasks)))
+        of = {"group": 1, "answers": answers, "times": len(self.tasks)}
+        return programs.generation(config, self.sampling, self.compute, mesh, **of)
+
+    def result(self) -> None:
+        """It makes no model."""
+        return None
 
 
 def read(stage: Path) -> dict[str, Score]:

@@ -48,10 +48,13 @@ class _Merging:
             for index, arrivals in enumerate(zip(*streams, strict=True)):
                 with log.phase("merge"):
                     name, tensors = arrivals[0][0], [tensor for _, tensor in arrivals]
-                    merge = jax.jit(functools.partial(self._leaf, name), out_shardings=tensors[0].sharding)
+                    merge = self._compiled(name, tensors[0].sharding)
                     checkpoint.put_leaf(params, name, jax.block_until_ready(merge(tensors)))
                 log.write(index + 1, {})
         checkpoint.save_model(out / "model", checkpoint.Model(config, params, checkpoint.open_tokenizer(paths[0])))
+
+    def _compiled(self, name: str, where: Any) -> Any:
+        return jax.jit(functools.partial(self._leaf, name), out_shardings=where)
 
     def _leaf(self, name: str, tensors: Sequence[jax.Array]) -> jax.Array:
         """A stacked parameter is merged layer by layer, others whole."""
@@ -59,10 +62,17 @@ class _Merging:
         return (jax.vmap(merge) if name.startswith("layers.") else merge)(list(tensors))
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
-        """The merge of the largest parameter."""
+        """The merge of the largest parameter, as often as it takes to merge them all."""
         config = checkpoint.open_config(self.sources()[0])
-        name, leaf = max(checkpoint.abstract_leaves(config, mesh), key=lambda item: item[1].size)
-        return {"merge": (lambda *tensors: self._leaf(name, tensors), (leaf,) * len(self.sources()))}
+        leaves = checkpoint.abstract_leaves(config, mesh)
+        name, leaf = max(leaves, key=lambda item: item[1].size)
+        calls = sum(one.size for _, one in leaves) / leaf.size
+        of = self._compiled(name, leaf.sharding)
+        return {"merge": programs.Program(function=of, arguments=([leaf] * len(self.sources()),), calls=calls)}
+
+    def result(self) -> ModelConfig:
+        """The shape of the model that the stage makes."""
+        return checkpoint.open_config(self.sources()[0])
 
 
 @dataclass(frozen=True, kw_only=True)

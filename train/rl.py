@@ -193,18 +193,37 @@ class RL:
         return now, metrics
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
-        """The compiled programs of this stage and their abstract arguments."""
+        """The compiled programs of this stage; a group of answers shares its prompt, no group is dropped."""
         config = self.compute.configure(checkpoint.open_config(self.start))
         fields = {"advantage": (), "behavior_logp": ()}
         if self.updates > 1:
             fields["old_logp"] = ()
         if self.objective.kl_weight:
             fields["reference_logp"] = ()
-        optimizer = self.optimizer.build(self.steps * self.updates)
-        policy_loss = loss(config, self.objective, temperature=self.sampling.temperature)
-        train = programs.training(policy_loss, config, optimizer, self.compute, mesh, fields=fields)
-        if self.updates > 1 or self.objective.kl_weight:
-            scored = functools.partial(score.token_logp, config, temperature=self.sampling.temperature)
-            batch = programs.abstract_batch(self.compute, mesh)
-            train["score"] = (scored, (state.abstract_params(config, mesh), batch))
-        return train | programs.generation(config, self.sampling, self.compute, self.group, mesh)
+        updates, answers, temperature = self.steps * self.updates, self.prompts * self.group, self.sampling.temperature
+        tokens = rollout.packed_tokens(self.prompts // self.updates, self.group, self.sampling, self.compute)
+        batch = programs.abstract_batch(self.compute, mesh, fields)
+        policy_loss = loss(config, self.objective, temperature=temperature)
+        optimizer = self.optimizer.build(updates)
+        size = {"updates": updates, "tokens": tokens}
+        params = state.abstract_params(config, mesh)
+        reference = params if self.objective.kl_weight else ()
+        named = programs.training(policy_loss, config, optimizer, batch, mesh, **size, resident=reference)
+        beside = named["gradients"].resident
+        scorings = (self.updates > 1) + bool(self.objective.kl_weight)
+        if scorings:
+            named["score"] = programs.Program(
+                function=score.token_logp,
+                static=(config,),
+                arguments=(params, batch),
+                options={"temperature": temperature},
+                resident=beside,
+                calls=scorings * named["gradients"].calls,
+                tokens=named["gradients"].tokens,
+            )
+        of = {"group": self.group, "answers": answers, "times": self.steps, "resident": beside}
+        return named | programs.generation(config, self.sampling, self.compute, mesh, **of)
+
+    def result(self) -> ModelConfig:
+        """The shape of the model that the stage makes."""
+        return checkpoint.open_config(self.start)

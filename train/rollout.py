@@ -127,6 +127,13 @@ def micro_batches(
     return updater.micro_batches(packed.batch, compute.rows(mesh), mesh)
 
 
+def packed_tokens(prompts: int, group: int, sampling: Sampling, compute: Compute) -> int:
+    """Tokens that the answers to some prompts take when packed, if both are as long as they may be."""
+    prompt = max(1, compute.row_tokens - sampling.max_tokens)
+    fitting = max(1, (compute.row_tokens - prompt) // sampling.max_tokens)  # answers that share a row with their prompt
+    return prompts * -(-group // fitting) * compute.row_tokens
+
+
 def statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     """Mean reward and length, share cut at the limit, reward by domain."""
     flat = [rollout for one in groups for rollout in one]

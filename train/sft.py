@@ -104,6 +104,12 @@ class SFT:
         )
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
-        """The compiled programs of this stage and their abstract arguments."""
+        """The compiled programs of this stage; every conversation fills a row."""
         config = self.compute.configure(checkpoint.open_config(self.start))
-        return programs.training(loss(config), config, self.optimizer.build(self.steps), self.compute, mesh)
+        optimizer, batch = self.optimizer.build(self.steps), programs.abstract_batch(self.compute, mesh)
+        tokens = self.batch_size * self.compute.row_tokens
+        return programs.training(loss(config), config, optimizer, batch, mesh, updates=self.steps, tokens=tokens)
+
+    def result(self) -> ModelConfig:
+        """The shape of the model that the stage makes."""
+        return checkpoint.open_config(self.start)

@@ -31,12 +31,10 @@ class Updater:
         """One more micro-batch; None starts a new sum. The sums are donated."""
         with jax.set_mesh(self.mesh):
             if self._zeros is None or self._accumulate is None:
-                shapes = jax.eval_shape(functools.partial(zero_sums, self.loss), state.params, batch, *constants)
-                where = jax.tree.map(lambda _: meshes.replicated(self.mesh), shapes)
-                where = where._replace(grads=_shardings(state.params))
-                make = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # noqa: E731
-                self._zeros = jax.jit(make, out_shardings=where)
-                self._accumulate = jax.jit(make_accumulate(self.loss), donate_argnums=0, out_shardings=where)
+                like = abstract_sums(self.loss, self.mesh, state.params, batch, *constants)
+                make = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)  # noqa: E731
+                self._zeros = jax.jit(make, out_shardings=_shardings(like))
+                self._accumulate = jit_accumulate(self.loss, like)
             return self._accumulate(self._zeros() if sums is None else sums, state.params, batch, *constants)
 
     def step(self, state: State, micros: Sequence[Mapping[str, Any]]) -> tuple[State, Metrics]:
@@ -50,9 +48,25 @@ class Updater:
         """Divide by the global weight and update. The state is donated."""
         with jax.set_mesh(self.mesh):
             if self._update is None:
-                where = (_shardings(state), None)
-                self._update = jax.jit(make_update(self.optimizer), donate_argnums=0, out_shardings=where)
+                self._update = jit_update(self.optimizer, state)
             return self._update(state, sums)
+
+
+def abstract_sums(loss: Loss, mesh: jax.sharding.Mesh, params: Any, batch: Mapping[str, Any], *constants: Any) -> Sums:
+    """Shapes, types and shardings of the sums over micro-batches like `batch`; arguments may be abstract."""
+    shapes = jax.eval_shape(functools.partial(zero_sums, loss), params, batch, *constants)
+    where = jax.tree.map(lambda _: meshes.replicated(mesh), shapes)._replace(grads=_shardings(params))
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, where)
+
+
+def jit_accumulate(loss: Loss, sums: Sums) -> Callable[..., Sums]:
+    """The compiled `accumulate(sums, params, batch, *constants)`, for sums that lie like these. Donates them."""
+    return jax.jit(make_accumulate(loss), donate_argnums=0, out_shardings=_shardings(sums))
+
+
+def jit_update(optimizer: optax.GradientTransformation, state: State) -> Callable[..., tuple[State, Metrics]]:
+    """The compiled `update(state, sums)`, for a state that lies like this one. Donates it."""
+    return jax.jit(make_update(optimizer), donate_argnums=0, out_shardings=(_shardings(state), None))
 
 
 def _shardings(tree: Any) -> Any:

@@ -3,28 +3,18 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import rich.box
 import rich.console
 from rich.table import Table
 
-from ...data.arithmetic import Arithmetic
-from ...data.characters import Characters
-from ...data.instruction_tasks import ALL_KINDS, Instructions
-from ...data.jsonl_tasks import JsonlTasks
 from ...data.task import TaskSource
 from ...data.tasks import Split
-from ...data.verify.choice import Choice
-from ...data.verify.maths import FinalNumber
-from ...data.verify.text import ExactText
 from ...model.processing import Sampling
 from ...train import evaluate
 from ...train.compute import Compute
 from .. import lock, report
-
-Verifier = Literal["number", "text", "choice"]
-VERIFIERS = {"number": FinalNumber, "text": ExactText, "choice": Choice}
+from ..tasks import Verifier, source
 
 
 def main(
@@ -52,33 +42,6 @@ def main(
             stage.train(out)
             scores = evaluate.read(out)
     rich.console.Console(markup=False).print(table(model, scores))
-
-
-def source(spec: str, *, verifier: Verifier = "number") -> TaskSource:
-    """The tasks that a word on the command line stands for.
-
-    Raises:
-        ValueError, FileNotFoundError: with what may be given instead.
-    """
-    name, _, rest = spec.partition(":")
-    if spec.endswith(".jsonl"):
-        found = JsonlTasks(path=spec, verifier=VERIFIERS[verifier](), name=Path(spec).stem)
-        len(found)  # reads the file: what is wrong with it is said before a model is loaded
-        return found
-    if name == "arithmetic" and (not rest or rest.isdecimal()):
-        return Arithmetic(digits=int(rest or 1))
-    if name == "instructions":
-        return Instructions(kinds=(rest,) if rest else ALL_KINDS)
-    if name == "characters" and rest:
-        return Characters(operation=rest)  # pyright: ignore[reportArgumentType]  # checked by Characters
-    if name == "reasoning-gym" and rest:
-        from ...data.reasoning_gym import ReasoningGym  # an optional dependency
-
-        return ReasoningGym(name=rest, size=1000)
-    raise ValueError(
-        f"no tasks {spec!r}: give FILE.jsonl, arithmetic, arithmetic:DIGITS, instructions, instructions:KIND, "
-        "characters:OPERATION or reasoning-gym:NAME"
-    )
 
 
 def table(model: str, scores: Mapping[str, evaluate.Score]) -> Table:

@@ -27,7 +27,7 @@ OBJECTIVES = {"full": distill.FullVocabulary, "sampled": distill.SampledToken}
 def recipe(
     run: Run,
     *,
-    base: Literal["smollm2", "tiny"] = "smollm2",
+    base: Literal["smollm2", "tiny", "llama3.1-8b", "qwen2.5-32b", "llama3.1-70b"] = "smollm2",
     objective: Literal["full", "sampled", "both"] | None = None,
     outcome: float = 0.0,
 ) -> Comparison:
@@ -35,7 +35,8 @@ def recipe(
 
     Args:
         run: trains (or plans) a stage and returns its folder.
-        base: the model to start from; "tiny" is made on the spot and runs in a minute or two.
+        base: the model to start from; "tiny" is made on the spot and runs in a minute or two; the large ones are
+            shapes to plan with.
         objective: full-vocabulary or sampled-token distillation, or a student of each; "full", and "both" for "tiny",
             unless told.
         outcome: weight of the outcome advantage beside the teacher's term.

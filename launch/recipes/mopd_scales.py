@@ -12,6 +12,7 @@ from ...data.instruction_tasks import Instructions
 from ...data.reasoning_gym import ReasoningGym
 from ...data.task import TaskSource
 from ...data.tasks import Mixture
+from ...model.config import PUBLISHED
 from ...model.processing import Sampling
 from ...train.compute import Compute
 from ...train.optimizer import AdamW
@@ -98,4 +99,33 @@ SMOLLM2 = Scale(
     distill={"full": SMOLLM2_DISTILL, "sampled": SMOLLM2_DISTILL},
     evaluate={"limit": 40, "sampling": Sampling(max_tokens=16, temperature=0.0), "compute": SMOLLM2_COMPUTE},
 )
-SCALES = {"smollm2": SMOLLM2, "tiny": TINY}
+LARGE_COMPUTE = Compute(row_tokens=4096, micro_rows=64, slots=512, remat="full", save_every=20)
+LARGE_SAMPLING = Sampling(max_tokens=2048)
+LARGE_DISTILL = {
+    "steps": 100,
+    "prompts": 512,
+    "samples": 1,
+    "sampling": LARGE_SAMPLING,
+    "optimizer": AdamW(learning_rate=2e-6),
+    "compute": LARGE_COMPUTE,
+}
+LARGE = Scale(
+    domains=(
+        Arithmetic(digits=3, operations=("+", "-", "*")),
+        Instructions(),
+        ReasoningGym(name="gcd", size=100_000, system="Answer with a number."),
+    ),
+    rl={
+        "steps": 100,
+        "prompts": 64,
+        "group": 8,
+        "sampling": LARGE_SAMPLING,
+        "optimizer": AdamW(learning_rate=1e-6),
+        "compute": LARGE_COMPUTE,
+    },
+    distill={"full": LARGE_DISTILL, "sampled": LARGE_DISTILL},
+    evaluate={"limit": 512, "sampling": Sampling(max_tokens=2048, temperature=0.0), "compute": LARGE_COMPUTE},
+    mixture=100_000,
+)
+"""For a pod; the published shapes are planned with it."""
+SCALES = {"smollm2": SMOLLM2, "tiny": TINY, **dict.fromkeys(PUBLISHED, LARGE)}

@@ -1,0 +1,63 @@
+"""Reinforcement learning of one model on tasks with verifiers: one stage, then its score on held-out tasks."""
+
+from ...data.tasks import Split
+from ...model.processing import Sampling
+from ...train.compute import Compute
+from ...train.evaluate import Evaluate
+from ...train.optimizer import AdamW
+from ...train.rl import RL
+from ..comparison import Comparison, Entry
+from ..recipe import Run
+from ..tasks import source
+
+
+def recipe(
+    run: Run,
+    *,
+    model: str,
+    tasks: str = "arithmetic",
+    steps: int = 100,
+    prompts: int = 64,
+    group: int = 8,
+    learning_rate: float = 1e-6,
+    max_tokens: int = 1024,
+    row_tokens: int = 4096,
+    micro_rows: int = 4,
+    slots: int = 512,
+) -> Comparison:
+    """Train a model on tasks by RL, and score it before and after.
+
+    Args:
+        run: trains (or plans) a stage and returns its folder.
+        model: the model to start from.
+        tasks: what to train on, as `posttrain eval` names tasks; 30% are held out.
+        steps: updates.
+        prompts: tasks per update.
+        group: answers per task.
+        learning_rate: constant.
+        max_tokens: longest answer.
+        row_tokens: length of a packed row.
+        micro_rows: rows that go through the model at a time, at least one per device.
+        slots: answers generated at a time.
+    """
+    compute = Compute(row_tokens=row_tokens, micro_rows=micro_rows, slots=slots, remat="full")
+    train, held_out = (Split(source=source(tasks), part=part, fraction=0.3) for part in ("train", "held_out"))
+    stage = RL(
+        start=model,
+        tasks=train,
+        steps=steps,
+        sampling=Sampling(max_tokens=max_tokens),
+        prompts=prompts,
+        group=group,
+        optimizer=AdamW(learning_rate=learning_rate),
+        compute=compute,
+    )
+    greedy = Sampling(max_tokens=max_tokens, temperature=0.0)
+
+    def score(name: str, of: str) -> str:
+        return run(f"eval-{name}", Evaluate(model=of, tasks=(held_out,), sampling=greedy, limit=slots, compute=compute))
+
+    entries = [Entry("start", score("start", model), ())]
+    trained = run("rl", stage)
+    entries.append(Entry("rl", score("rl", trained), (trained,)))
+    return Comparison(title=f"RL of {model} on {tasks}", entries=tuple(entries), teachers={train.domain: "rl"})
