@@ -30,7 +30,10 @@ def token_logp(
     Walks the vocabulary `chunk` columns at a time with a running maximum and sum (https://arxiv.org/abs/1805.02867);
     the backward pass makes each chunk's scores again. Only a chunk of the head is ever whole on a device, and its
     gradient is scattered chunk by chunk. Where the vocabulary is split over devices, each walks its own part ("S").
+    A vocabulary that is one chunk on one device is not walked.
     """
+    if chunk >= head.shape[1] and meshes.current_parts("vocab", head.shape[1]) == 1:
+        return _at_once(hidden, head, targets, jnp.float32(temperature))
     pieces, share = _pieces(head, chunk)
     width, shards = pieces.shape[3], pieces.shape[2]
     wide = hidden.astype(jnp.float32)  # so that the chunks' gradients add up in float32
@@ -54,6 +57,14 @@ def token_logp(
     run, _ = jax.lax.scan(walk, start, (width * jnp.arange(pieces.shape[0]), pieces))
     log_total = jax.nn.logsumexp(run.highest, axis=-1, b=run.total)
     return jnp.sum(run.chosen, axis=-1) - log_total
+
+
+@jax.checkpoint
+def _at_once(hidden: Array, head: Array, targets: Array, temperature: Array) -> Array:
+    scores = jnp.einsum("btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    scores = scores / temperature
+    chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(scores, axis=-1)
 
 
 def _pieces(head: Float[Array, "D V"], chunk: int) -> tuple[Float[Array, "C D S W"], int]:

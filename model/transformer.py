@@ -19,6 +19,9 @@ from .layers import PARAM_AXES, Block, Ends, Where
 
 Params = dict[str, Any]
 
+LOGITS = 2**25
+"""Scores that `token_logp` holds at a time on a device, 128 MiB: 4,096 entries of the vocabulary for 8,192 tokens."""
+
 
 def init(config: ModelConfig, key: Array) -> Params:
     """Random float32 parameters, normal with the config's standard deviation."""
@@ -155,12 +158,15 @@ def token_logp(
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     *,
-    chunk: int = 4096,
+    chunk: int | None = None,
     temperature: float = 1.0,
 ) -> Float[Array, "B T"]:
     """Log-probability of each target under softmax(logits / temperature), float32.
 
     Never holds logits of more than about `chunk` entries of the vocabulary, forward or backward; the backward pass
-    computes them again.
+    computes them again. Unless told, as many entries as make a device hold `LOGITS` scores at a time.
     """
+    if chunk is None:
+        tokens = targets.size // meshes.current_parts("batch", targets.shape[0])
+        chunk = max(128, LOGITS // tokens)
     return logp.token_logp(hidden, head(config, params), targets, chunk=chunk, temperature=temperature)
