@@ -123,7 +123,7 @@ def _attend_packed(
 def _matmul(x: Float[Array, "B T D"], kernel: Float[Array, "D F"]) -> Float[Array, "B T F"]:
     """x @ kernel, with its derivative written out.
 
-    For the one that JAX derives, XLA's CPU backend first transposes the gradient: a feed-forward takes half as long again.
+    For the one that JAX derives, XLA transposes the gradient on CPUs first: a feed-forward takes half as long again.
     """
     return x @ kernel
 
