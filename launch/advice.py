@@ -34,8 +34,8 @@ def _replicated(leaves: list[tuple[Any, Any]], mesh: jax.sharding.Mesh) -> list[
         if leaf.sharding.shard_shape(leaf.shape) == leaf.shape:
             axes = {axis: n for axis, n in mesh.shape.items() if n > 1}
             said.append(
-                f"{name} {leaf.shape} ({size / GIB:.2f} GiB) lies whole on every device, as {axes} divides none of its "
-                "dimensions: choose mesh sizes that do"
+                f"{name} {leaf.shape} ({size / GIB:.2f} GiB) lies whole on every device: choose other "
+                f"sizes than {axes}, of which one divides it, or give it a logical axis that the mesh splits"
             )
     return said
 

@@ -50,8 +50,9 @@ def unrolled(mesh):
         traced = jax.jit(jax.value_and_grad(lambda p, b: loss(p, b)[0])).trace(params, batch)
         made = traced.lower().compile()
     analysis, memory = made.cost_analysis(), made.memory_analysis()
-    assert analysis and memory
-    module = hlo.parse(made.as_text())
+    text = made.as_text()
+    assert analysis and memory and text
+    module = hlo.parse(text)
     return {
         "flops": [cost.matmul_flops(traced.jaxpr), analysis["flops"]],
         "bytes": [module.bytes_accessed(hbm_only=False), analysis["bytes accessed"]],
@@ -68,7 +69,8 @@ def by_layers(mesh):
         batch = programs.abstract_batch(dataclasses.replace(COMPUTE, row_tokens=256, micro_rows=4), mesh)
         with jax.set_mesh(mesh):
             sums = abstract_sums(sft.loss(config), mesh, params, batch)
-            made = jit_accumulate(sft.loss(config), sums).trace(sums, params, batch).lower().compile()
+            function = jit_accumulate(sft.loss(config), sums)
+            made = programs.Program(function=function, arguments=(sums, params, batch)).trace().lower().compile()
         module = hlo.parse(made.as_text())
         found[layers] = [[one.kind, one.times, one.bytes] for one in module.collectives()]
     return found
