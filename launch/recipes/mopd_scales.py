@@ -82,7 +82,7 @@ SMOLLM2_RL = {
     "compute": SMOLLM2_COMPUTE,
 }
 SMOLLM2_DISTILL = {
-    "steps": 20,
+    "steps": 14,
     "prompts": 6,
     "samples": 4,
     "sampling": Sampling(max_tokens=16, temperature=0.7),
