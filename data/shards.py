@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
-from . import card
+from . import card, source
 from .filters.funnel import Dropped, Filter, Funnel, describe
 from .pairs import Pair
 from .row import Provenance, Row, text_of
@@ -93,7 +93,10 @@ def write_rows(
 def write_pairs(
     folder: str | os.PathLike[str], pairs: Iterable[Pair], *, title: str, rows_per_shard: int = 10_000
 ) -> Path:
-    """Write preference pairs, in order of their ids, to pairs-*.parquet (for `source.preference`), as `write_rows`."""
+    """Write preference pairs, in order of their ids, to pairs-*.parquet, as `write_rows` does.
+
+    Read them by `source.read(*paths(folder, "pairs"), parse=preference)`.
+    """
     ordered = sorted(pairs, key=lambda pair: pair.id)
     files = {"pairs": (PAIRS, map(_pair_record, ordered), len(ordered))}
     return _write(Path(folder), files, {"title": title}, card.of_pairs(title, ordered), rows_per_shard)
@@ -148,6 +151,12 @@ def conversation(record: Record) -> tuple[Message, ...]:
     """The messages of a record of rows: as `source.conversation`, with arguments of tool calls as they were given."""
     found = row(record)
     return (*found.prompt, *found.response)
+
+
+def preference(record: Record) -> source.Preference:
+    """The messages of a record of pairs: as `source.preference`, with arguments of tool calls as they were given."""
+    found = source.preference(record)
+    return source.Preference(*(tuple(map(_message, messages)) for messages in found))
 
 
 def _record(item: Row) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Every filter drops what it is for, says why, keeps what only looks like it, and has nothing to say to nothing."""
 
+import random
+
 import pytest
 from rows import make_row
 
@@ -264,6 +266,7 @@ def test_tool_results_may_repeat_themselves():
         ("", None),
         ("xyzzy plugh foo bar baz quux corge grault garply waldo", None),
         ("```python\nfor x in the_list_of_all_the_words_that_are_in_it: print(x)\n```", None),
+        (r"\[ " * 3000, None),
         (r"\[ \text{the sum of the values that we have is the sum of it} \]", None),
     ],
 )
@@ -424,6 +427,25 @@ def test_prompts_are_dropped_by_their_exact_likeness_and_not_by_a_collision_of_h
     sets = [duplicates.shingles(row.prompt_id, 5) for row in kept]
     assert 1 < len(kept) < 20
     assert max(duplicates.jaccard(a, b) for i, a in enumerate(sets) for b in sets[:i]) < 0.75
+
+
+def test_minhash_finds_the_duplicates_that_comparing_all_pairs_finds():
+    draw = random.Random(3)
+    texts = []
+    for _ in range(40):
+        words = [f"w{draw.randrange(500)}" for _ in range(60)]
+        texts += [words, [*words[:30], "other", *words[30:]], words[: draw.choice([25, 40, 58])]]
+    rows = [make_row(id=f"{i:03}", question=" ".join(words)) for i, words in enumerate(texts)]
+    rows = [make_row(id=row.id, prompt_id=row.id, question=row.prompt_id) for row in rows]
+    kept: list[Row] = []
+    for row in rows:
+        mine = duplicates.shingles(row.prompt[0]["content"], 5)
+        others = (duplicates.shingles(other.prompt[0]["content"], 5) for other in kept)
+        if all(duplicates.jaccard(mine, other) < 0.8 for other in others):
+            kept.append(row)
+    found = duplicates.NearDuplicatePrompts(threshold=0.8).reasons(rows)
+    assert 40 < len(kept) < 90
+    assert [row for row, why in zip(rows, found, strict=True) if why is None] == kept
 
 
 def test_a_system_message_does_not_make_prompts_alike_or_unlike():

@@ -124,10 +124,9 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     ],
 )
 def test_what_a_shard_cannot_hold_is_refused(tmp_path, message, why):
+    row = replace(AGENT, response=({"role": "assistant", **message},))
+    found = funnel.Funnel(kept=(row,), dropped=(), steps=())
     with pytest.raises(ValueError, match=why):
-        found = funnel.Funnel(
-            kept=(replace(AGENT, response=({"role": "assistant", **message},)),), dropped=(), steps=()
-        )
         shards.write_rows(tmp_path / "sums", found, (), title="Sums")
 
 
@@ -242,6 +241,8 @@ def test_pairs_come_back_as_preferences(tmp_path):
     found = source.read(*shards.paths(folder, "pairs"), parse=source.preference)
     assert [found[i].rejected[0]["content"] for i in range(2)] == ["5", "5"]
     assert found[1].prompt == sums.chosen.prompt and found[1].chosen == sums.chosen.response
+    exact = source.read(*shards.paths(folder, "pairs"), parse=shards.preference)
+    assert exact[0] == (AGENT.prompt, AGENT.response, agents.rejected.response)
     [file] = shards.paths(folder, "pairs")
     stored = parquet.read_table(file).to_pylist()
     assert [row["id"] for row in stored] == ["agent>b", "x>y"]

@@ -117,9 +117,11 @@ def _asked(messages: Sequence[Message]) -> str:
 def _add(index: _Index, questions: Sequence[_Question], n: int, max_questions: int) -> None:
     common = Counter(gram for question in {q.words for q in questions} for gram in set(_grams(question, n)))
     for question in questions:
+        if question.words in index.whole:
+            continue
         number = len(index.questions)
         index.questions.append(question)
-        index.whole.setdefault(question.words, number)
+        index.whole[question.words] = number
         if n // 2 <= len(question.words) < n:
             index.short.setdefault(question.words[: n // 2], []).append(number)
         covers: set[int] = set()

@@ -55,24 +55,27 @@ class NearDuplicatePrompts:
 
     def reasons(self, rows: Sequence[Row]) -> list[str | None]:
         """Why the rows of each near-duplicate prompt go."""
-        first: dict[str, Row] = {}
+        texts: dict[str, str] = {}
         for row in sorted(rows, key=lambda row: (row.prompt_id, row.id)):
-            first.setdefault(row.prompt_id, row)
-        prompts = {prompt: shingles(asked(row), self.words) for prompt, row in first.items()}
+            texts.setdefault(row.prompt_id, asked(row))
         hashes = BANDS * ROWS_PER_BAND
         index = datasketch.MinHashLSH(num_perm=hashes, params=(BANDS, ROWS_PER_BAND))
-        encoded = ([" ".join(shingle).encode() for shingle in found] for found in prompts.values())
+        encoded = ([" ".join(shingle).encode() for shingle in shingles(text, self.words)] for text in texts.values())
         # The scheme is named because another default would make other sets of rows.
         sketches = datasketch.MinHash.generator(encoded, num_perm=hashes, seed=1, scheme="affine64")
         why: dict[str, str] = {}
-        for (prompt, found), sketch in zip(prompts.items(), sketches, strict=True):
-            likeness = {str(other): jaccard(found, prompts[str(other)]) for other in index.query(sketch)}
+        for prompt, sketch in zip(texts, sketches, strict=True):
+            likeness = {str(other): self._likeness(texts[prompt], texts[str(other)]) for other in index.query(sketch)}
             best = min(likeness, key=lambda other: (-likeness[other], other), default=None)
             if best is not None and likeness[best] >= self.threshold:
                 why[prompt] = f"its prompt is like {best} (Jaccard {likeness[best]:.2f})"
             else:
                 index.insert(prompt, sketch)
         return [why.get(row.prompt_id) for row in rows]
+
+    def _likeness(self, a: str, b: str) -> float:
+        # Shingles are made again for the few pairs that are proposed: those of all prompts would fill the memory.
+        return jaccard(shingles(a, self.words), shingles(b, self.words))
 
 
 @dataclass(frozen=True, kw_only=True)

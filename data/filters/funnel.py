@@ -1,7 +1,9 @@
 """What a filter is, and the funnel: filters applied one after the other, with every dropped row and its reason kept.
 
-The order matters where a filter looks at several rows: the best of n should be chosen after wrong rows are gone, and
-near-duplicates last of all but for it, so that a row that would have gone anyway does not displace a good one.
+Filters of single rows commute. Those that compare rows do not: put them after what drops rows for their own faults, or
+a wrong row may displace a right one. An order that works: Licensed, Finished, Verified, Length, repetition, language,
+Refusals, Identity, KnowledgeDates, Decontaminated, DifficultyBand, NearDuplicateResponses, NearDuplicatePrompts, and
+last ShortestCorrect or BestByReward.
 """
 
 from abc import ABC, abstractmethod
