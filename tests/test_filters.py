@@ -521,9 +521,11 @@ def test_instructions_that_many_questions_share_do_not_count():
 
 
 def test_a_system_message_of_the_evaluation_is_not_a_question():
-    clean = contamination.Decontaminated(evaluations=(Questions(STORY, system="You are a very helpful assistant."),))
-    system = {"role": "system", "content": "You are a very helpful assistant."}
+    shared = " ".join(f"rule{chr(97 + i)}" for i in range(26))
+    clean = contamination.Decontaminated(evaluations=(Questions("Why is the sky above us so blue?", system=shared),))
+    system = {"role": "system", "content": shared}
     assert reason(clean, make_row(prompt=(system, {"role": "user", "content": "What is 2 + 2?"}))) is None
+    assert reason(clean, make_row(question="Why is the sky above us so blue?")) is not None
 
 
 def test_decontamination_without_questions_is_an_error():
