@@ -249,6 +249,11 @@ def _places(plan: _Plan, tokens: Array, index: Array) -> tuple[Array, Array]:
     return jnp.where(inside, offset - start, 0), inside
 
 
+def _scatter(place: Array, given: Array, width: int) -> Array:
+    """[..., K] values added up at their places of [..., width]."""
+    return jnp.vectorize(lambda at, x: jnp.zeros(width, x.dtype).at[at].add(x), signature="(k),(k)->(c)")(place, given)
+
+
 def _logp_forward(plan: _Plan, hidden, head, tokens):
     view = _view(plan, head)
 
@@ -281,10 +286,8 @@ def _logp_bwd(plan, saved, cotangent):
 
     def d_logits_of(index, start, logits):
         place, inside = _places(plan, tokens, index)
-        flat, given = place.reshape(-1, place.shape[-1]), jnp.where(inside, cotangent[..., None, :], 0.0)
-        rows = jnp.broadcast_to(jnp.arange(flat.shape[0])[:, None], flat.shape)
-        chosen = jnp.zeros((flat.shape[0], plan.width), jnp.float32).at[rows, flat].add(given.reshape(flat.shape))
-        return chosen.reshape(logits.shape) - jnp.exp(logits - log_z[..., None, None]) * total
+        chosen = _scatter(place, jnp.where(inside, cotangent[..., None, :], 0.0), plan.width)
+        return chosen - jnp.exp(logits - log_z[..., None, None]) * total
 
     return *_walk_back(plan, hidden, head, d_logits_of), None
 
