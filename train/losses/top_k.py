@@ -1,6 +1,6 @@
 """Distillation from the teacher's (or the student's) k likeliest tokens: far less to store than whole distributions.
 
-Inputs are log-probs of the k tokens under the *full* softmax of each model, not renormalised: `chunked.logp` makes
+Inputs are log-probs of the k tokens under the *full* softmax of each model, not renormalised: `chunked_logp.logp` makes
 them from hidden states, with the student's gradient. The teacher is a constant everywhere.
 """
 
@@ -10,8 +10,11 @@ from jaxtyping import Array, Float
 
 
 def _tail(logp: Float[Array, "*S K"]) -> Float[Array, "*S"]:
-    """Probability of all tokens that are not among the k, at least the smallest normal float32."""
-    return jnp.maximum(1.0 - jnp.sum(jnp.exp(logp), axis=-1), jnp.finfo(jnp.float32).tiny)
+    """Probability of all tokens that are not among the k; what float32 cannot tell from 0 counts as its epsilon.
+
+    Without that floor a sum that rounds to 1 would make the rest infinitely surprising; at it the gradient is 0.
+    """
+    return jnp.maximum(1.0 - jnp.sum(jnp.exp(logp), axis=-1), jnp.finfo(jnp.float32).eps)
 
 
 def _with_tail(logp: Float[Array, "*S K"]) -> Float[Array, "*S K1"]:
