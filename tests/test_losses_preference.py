@@ -52,7 +52,7 @@ def test_orpo_by_hand_in_value_and_gradient():
 
 @pytest.mark.parametrize("mean_logp", [-1e-6, -0.5, -30.0, -200.0])
 def test_orpo_is_finite_for_likelihoods_near_one_and_near_zero(mean_logp):
-    both = jax.value_and_grad(lambda c, r: preference.orpo(c, r), argnums=(0, 1))
+    both = jax.jit(jax.value_and_grad(preference.orpo, argnums=(0, 1)))
     value, gradient = both(jnp.float32(mean_logp), jnp.float32(-1.0))
     p, q = np.exp(np.float64(np.float32(mean_logp))), np.exp(-1.0)
     log_odds = np.float32(mean_logp) - np.log(-np.expm1(np.float64(np.float32(mean_logp)))) - np.log(q / (1 - q))
@@ -115,7 +115,7 @@ def test_k_wise_is_the_mean_over_pairs_then_the_prompts_by_a_loop():
         expected[p] = np.mean(losses) if losses else 0.0
     pairs = reward.ranked_pairs(jnp.asarray(ranks), jnp.asarray(mask))
     assert pairs.sum((1, 2)).tolist() == [9.0, 1.0, 0.0]
-    value, pullback = jax.vjp(lambda s: reward.k_wise(s, pairs), jnp.asarray(scores))
+    value, pullback = jax.vjp(jax.jit(lambda s: reward.k_wise(s, pairs)), jnp.asarray(scores))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     (gradient,) = pullback(jnp.ones(3))
     low = sigmoid(scores[1, 0] - scores[1, 1])
@@ -127,7 +127,7 @@ def test_two_answers_k_wise_are_one_bradley_terry_pair():
     scores, one = jnp.array([[1.0, 0.2], [0.4, 2.0]]), jnp.ones((2, 2))
     pairs = reward.ranked_pairs(jnp.array([[1.0, 0.0], [1.0, 0.0]]), one)
     expected = reward.bradley_terry(scores[:, 0], scores[:, 1])
-    np.testing.assert_allclose(reward.k_wise(scores, pairs), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(reward.k_wise)(scores, pairs), expected, rtol=1e-6)
 
 
 def test_pointwise_is_binary_cross_entropy_with_gradient_probability_minus_label():

@@ -116,7 +116,7 @@ def test_the_language_reward_is_a_share():
 
 def test_ppo_rewards_charge_kl_at_every_token_and_pay_the_score_at_the_last_that_counts():
     scores = jnp.where(SEGMENTS == 7, 1.0, jnp.where(SEGMENTS == 3, 2.0, 3.0))
-    paid = shaping.at_last_token(scores, MASK, SEGMENTS)
+    paid = jax.jit(shaping.at_last_token)(scores, MASK, SEGMENTS)
     expected = np.zeros((2, 8))
     expected[[0, 0, 1], [3, 6, 4]] = [1.0, 2.0, 3.0]
     np.testing.assert_array_equal(paid, expected)
@@ -129,5 +129,5 @@ def test_ghost_attention_counts_the_last_assistant_turn_alone():
     """Three dialogues in two rows; the second ends with a user turn, the third is one turn."""
     segments = jnp.array([[1, 1, 1, 1, 1, 1, 2, 2, 2, 2], [4, 4, 4, 0, 0, 0, 0, 0, 0, 0]])
     mask = jnp.array([[0, 1, 0, 0.5, 1, 1, 1, 0, 1, 0], [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]], jnp.float32)
-    last = supervised.last_turn(mask, segments)
+    last = jax.jit(supervised.last_turn)(mask, segments)
     assert last.tolist() == [[0, 0, 0, 0.5, 1, 1, 0, 0, 1, 0], [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]]

@@ -97,8 +97,10 @@ def _empty(plan: _Plan, hidden: Array) -> tuple[Array, Array]:
 
 
 def _grow(norm: tuple[Array, Array], logits: Array) -> tuple[Array, Array]:
+    """The running maximum and sum with further logits, all of which may be -inf."""
     highest = jnp.maximum(norm[0], jnp.max(logits, axis=-1))
-    return highest, _merge(norm[0], highest, norm[1], jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1))
+    shift = jnp.where(jnp.isneginf(highest), 0.0, highest)
+    return highest, _merge(norm[0], shift, norm[1], jnp.sum(jnp.exp(logits - shift[..., None]), axis=-1))
 
 
 def _log_z(norm: tuple[Array, Array]) -> Array:

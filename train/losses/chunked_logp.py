@@ -45,10 +45,9 @@ def kept_logp(
     Equals `mismatch.kept_logp` of the logits, in value and gradient, for targets that were kept. DeepSeek-V3.2,
     https://arxiv.org/abs/2512.02556, section 3.1. Raises ValueError as `logp` does, and if W does not fit the head.
     """
-    if kept.shape[-1] != -(-head.shape[1] // 8):
-        raise ValueError(
-            f"kept has {kept.shape[-1]} bytes a token and a vocabulary of {head.shape[1]} needs {-(-head.shape[1] // 8)}."
-        )
+    vocab, num_bytes = head.shape[1], -(-head.shape[1] // 8)
+    if kept.shape[-1] != num_bytes:
+        raise ValueError(f"kept has {kept.shape[-1]} bytes a token and a vocabulary of {vocab} needs {num_bytes}.")
     return _logp(_plan(head, head, chunk, vocab_shards), hidden, head, targets[..., None], kept)[..., 0]
 
 
