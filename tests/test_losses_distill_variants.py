@@ -139,7 +139,7 @@ def test_the_long_horizon_advantage_has_the_gradient_of_the_sequence_kl_and_the_
         a = on_policy.long_horizon_advantage(logp(teacher), now, ONES, segments=SEGMENTS, discount=discount)
         return jnp.sum(sampled[:, None] * policy.policy_gradient(now, a))
 
-    truth, gradient = jax.jit(jax.grad(sequence_kl))(student), jax.jit(jax.grad(expected_loss))
+    truth, gradient = jax.jit(jax.grad(sequence_kl))(student), jax.jit(jax.grad(expected_loss), static_argnums=1)
     for x, y in zip(gradient(student, 1.0), truth, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
     assert np.abs(gradient(student, 0.0)[0] - truth[0]).max() > 0.01

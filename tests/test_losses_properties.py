@@ -257,7 +257,7 @@ def lay_out(rows, *, first=0, gap=0, first_segment=1):
 
 def results(*layouts, place=lambda x: x):
     """Sums, weights and per-sequence gradients over the micro-batches `layouts` of one global batch."""
-    total, weight, gradients = 0.0, 0.0, {}
+    total, weight, gradients = np.zeros(len(LOSSES)), np.zeros(len(LOSSES)), {}
     for batch, begins in layouts:
         arrays = {name: place(jnp.asarray(values)) for name, values in batch.items()}
         trained = {name: arrays.pop(name) for name in TRAINED}

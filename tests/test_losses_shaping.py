@@ -57,7 +57,7 @@ def test_gae_without_discount_or_decay_is_the_return_minus_the_value():
 def test_gae_is_a_constant():
     rewards, values = fields(2)
     for argument in (0, 1):
-        gradient = jax.grad(lambda *x: advantage.gae(*x, MASK, segments=SEGMENTS).sum(), argnums=argument)
+        gradient = jax.grad(lambda r, v: advantage.gae(r, v, MASK, segments=SEGMENTS).sum(), argnums=argument)
         assert not gradient(rewards, values).any()
 
 

@@ -116,19 +116,20 @@ def test_equal_rewards_give_exactly_no_gradient_in_every_variant(advantages):
     logp, old, _ = random_rows()
     a = jnp.broadcast_to(advantages(jnp.full((1, 4), 0.1))[0][:, None], logp.shape)
     rows = jnp.broadcast_to(jnp.arange(1, 5)[:, None], (4, 6))
-    packed = {"mask": jnp.ones((4, 6)), "segments": rows}
+    mask = jnp.ones((4, 6))
 
     @jax.jit
     @jax.grad
     def total(x):
-        v32 = {"behavior_logp": old, "reference_logp": old, "delta": 0.1, "kl_weight": 0.0}
         losses = (
             policy.policy_gradient(x, a),
             policy.clipped_policy_gradient(x, old, a),
             policy.dual_clipped_policy_gradient(x, old, a),
-            policy.gspo(x, old, a, **packed),
+            policy.gspo(x, old, a, mask=mask, segments=rows),
             policy.cispo(x, old, a),
-            policy.deepseek_v32(x, old, a, **v32, **packed),
+            policy.deepseek_v32(
+                x, old, a, behavior_logp=old, reference_logp=old, mask=mask, segments=rows, delta=0.1, kl_weight=0.0
+            ),
         )
         return sum(weight * loss.sum() for weight, loss in zip((1, 2, 4, 8, 16, 32), losses, strict=True))
 

@@ -126,7 +126,7 @@ def _logp_forward(plan: _Plan, hidden, head, tokens, kept):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logp(plan: _Plan, hidden, head, tokens, kept):
+def _logp(plan: _Plan, hidden, head, tokens, kept) -> Array:
     return _logp_forward(plan, hidden, head, tokens, kept)[0]
 
 
