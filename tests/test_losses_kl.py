@@ -56,6 +56,12 @@ def test_k1_as_a_reward_has_the_reverse_kl_gradient():
     np.testing.assert_allclose(gradient, true_gradient(forward=False), atol=1e-6)
 
 
+def test_k3_as_a_reward_has_the_difference_of_both_gradients():
+    gradient = expected_gradient(lambda logp: lax.stop_gradient(kl.k3(logp, reference())) * logp, LOGITS)
+    np.testing.assert_allclose(gradient, true_gradient(forward=False) - true_gradient(forward=True), atol=1e-6)
+    assert np.abs(gradient).max() > 0.05
+
+
 def test_k2_as_a_loss_has_the_reverse_kl_gradient():
     gradient = expected_gradient(lambda logp: kl.k2(logp, reference()), LOGITS)
     np.testing.assert_allclose(gradient, true_gradient(forward=False), atol=1e-6)

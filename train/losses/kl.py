@@ -1,13 +1,19 @@
 """Estimates of KL(policy || reference) from the sampled tokens alone, one value per token.
 
 With l = log reference - log policy at a token that the policy sampled, k1 and k3 are unbiased estimates of the KL and
-k2 has little bias (http://joschu.net/blog/kl-approx.html). As *loss terms* they are another matter, for sampling passes
-no gradient:
+k2 has little bias (http://joschu.net/blog/kl-approx.html). What gradient each has is another matter, for sampling
+passes none. As a *loss term*, in expectation over samples of the policy:
 
-    k1                     expected gradient 0: useless. Use -k1 in the reward instead
-    k2                     gradient of KL(policy || reference), on policy
-    k3                     gradient of KL(reference || policy), the other direction
-    importance_weighted_k3 gradient of KL(policy || reference), on or off policy
+    k1                     0: useless
+    k2                     that of KL(policy || reference)
+    k3                     that of KL(reference || policy), the other direction
+    importance_weighted_k3 that of KL(policy || reference), off policy too
+
+As a *penalty in the reward*, that is -k as a constant in the advantage:
+
+    k1                     that of KL(policy || reference): the one to use, `shaping.kl_penalty`
+    k2                     of no divergence: the mean of k2 times grad log policy
+    k3                     that of KL(policy || reference) - KL(reference || policy)
 """
 
 import jax.numpy as jnp

@@ -63,6 +63,28 @@ def segment_sum(
     return jax.vmap(one_row)(_masked(values, mask), segments)
 
 
+def sum_of_segment(
+    values: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    segments: Int[Array, "B T"],
+    *,
+    wanted: Int[Array, "B T"],
+) -> Float[Array, "B T"]:
+    """Masked sum over all tokens of the same row whose segment id is `wanted`, given to the token that asks for it.
+
+    With it the two answers of a preference pair may share a packed row: `segment_sum` is an answer's own total, and
+    this is the other's. 0 where the row has no such segment.
+    """
+
+    def one_row(row, ids, asked):
+        ordered = jnp.sort(ids)
+        totals = jax.ops.segment_sum(row, jnp.searchsorted(ordered, ids), num_segments=ids.shape[0])
+        slot = jnp.minimum(jnp.searchsorted(ordered, asked), ids.shape[0] - 1)
+        return jnp.where(ordered[slot] == asked, totals[slot], 0.0)
+
+    return jax.vmap(one_row)(_masked(values, mask), segments, wanted)
+
+
 def segment_mean(
     values: Float[Array, "B T"], mask: Float[Array, "B T"], segments: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
@@ -78,3 +100,17 @@ def per_sequence(mask: Float[Array, "B T"], segments: Int[Array, "B T"]) -> Floa
     """
     mask = mask.astype(jnp.float32)
     return _ratio(mask, segment_sum(jnp.ones_like(mask), mask, segments))
+
+
+def num_remaining(mask: Float[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """How many tokens count (mask not 0) from each token, itself included, to the end of its segment.
+
+    A segment's tokens must be contiguous. 1 at a counted token says that it is its sequence's last.
+    """
+    rows, length = mask.shape
+    from_here = jnp.cumsum((mask != 0)[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
+    is_end = jnp.concatenate([segments[:, :-1] != segments[:, 1:], jnp.ones((rows, 1), bool)], axis=1)
+    end = jnp.where(is_end, jnp.arange(length, dtype=jnp.int32)[None, :], length)
+    end = jax.lax.cummin(end, axis=1, reverse=True)
+    beyond = jnp.concatenate([from_here, jnp.zeros((rows, 1), jnp.int32)], axis=1)
+    return from_here - jnp.take_along_axis(beyond, end + 1, axis=1)
