@@ -24,7 +24,7 @@ from rich.table import Table
 
 from posttrain.model import config as configs
 from posttrain.sharding import mesh as meshes
-from posttrain.train import programs, sft
+from posttrain.train import programs, sft, state
 from posttrain.train.compute import Compute
 from posttrain.train.optimizer import AdamW
 
@@ -77,10 +77,10 @@ def ours(args: Args) -> dict[str, Any]:
     compute = Compute(dtype="bfloat16", remat="full", row_tokens=args.row_tokens, micro_rows=args.rows * mesh.size)
     config = compute.configure(MODELS[args.model])
     optimizer = AdamW(learning_rate=1e-5).build(100)
-    step, arguments = programs.training(sft.loss(config), config, optimizer, compute, mesh)["train"]
+    arguments = state.abstract(config, optimizer, mesh), programs.abstract_batch(compute, mesh)
     began = time.monotonic()
     with jax.set_mesh(mesh):
-        compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+        compiled = jax.jit(sft.train_step(config, optimizer), donate_argnums=0).lower(*arguments).compile()
     memory: Any = compiled.memory_analysis()
     sizes = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
     return {**sizes, "seconds": time.monotonic() - began, "version": f"jax {jax.__version__}"}

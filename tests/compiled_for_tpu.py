@@ -13,7 +13,7 @@ from jax.experimental.topologies import get_topology_desc
 from posttrain.model import flash
 from posttrain.model.config import ModelConfig
 from posttrain.sharding import mesh as meshes
-from posttrain.train import programs, sft
+from posttrain.train import programs, sft, state
 from posttrain.train.compute import Compute
 from posttrain.train.optimizer import AdamW
 
@@ -63,9 +63,9 @@ def train_step(topology: str) -> dict[str, Any]:
     compute = Compute(dtype="bfloat16", remat="full", row_tokens=CONFIG.context, micro_rows=mesh.size)
     config = compute.configure(CONFIG)
     optimizer = AdamW(learning_rate=1e-5).build(10)
-    step, arguments = programs.training(sft.loss(config), config, optimizer, compute, mesh)["train"]
+    arguments = state.abstract(config, optimizer, mesh), programs.abstract_batch(compute, mesh)
     with jax.set_mesh(mesh):
-        compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+        compiled = jax.jit(sft.train_step(config, optimizer), donate_argnums=0).lower(*arguments).compile()
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     return {
