@@ -27,7 +27,14 @@ ENVIRONMENT = {
 }
 GENERATIONS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 CONFIG = ModelConfig(
-    vocab_size=24_576, embed_dim=512, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=128, mlp_dim=1024, context=1024
+    vocab_size=24_576,
+    embed_dim=512,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=128,
+    mlp_dim=1024,
+    context=1024,
 )
 KERNELS = 3
 """Forward, dK and dV, dQ."""
