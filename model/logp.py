@@ -8,7 +8,6 @@ from jaxtyping import Array, Float, Int
 
 from ..sharding import mesh as meshes
 
-
 LANES = 128
 """Columns that a TPU holds side by side; chunks are multiples of it."""
 
