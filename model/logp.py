@@ -8,6 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from ..sharding import mesh as meshes
 
+LANES = 128
+"""Columns that a TPU holds side by side; chunks are multiples of it."""
+
 
 class _Running(NamedTuple):
     """What is known after some columns: their maximum, sum of exp(score - maximum), and the target's score."""
@@ -77,6 +80,9 @@ def _pieces(head: Float[Array, "D V"], chunk: int) -> tuple[Float[Array, "C D S 
     share = vocab // shards
     count = -(-share // max(1, chunk // shards))
     width = -(-share // count)
+    if count > 1 and width >= LANES:
+        width = -(-width // LANES) * LANES
+        count = -(-share // width)
     view = meshes.constrain(head.reshape(dim, shards, share), "embed", "vocab", None)
     view = jnp.pad(view, ((0, 0), (0, 0), (0, count * width - share)))
     return jnp.moveaxis(view.reshape(dim, shards, count, width), 2, 0), share
