@@ -77,7 +77,7 @@ def attend(
     plan = Plan(blocks[0], blocks[1], query.shape[1] // key.shape[1], interpret)
     fill = lambda x, size, axis: jnp.pad(x, [(0, -x.shape[a] % size if a == axis else 0) for a in range(x.ndim)])  # noqa: E731
     seen = _seen(plan, fill(segments[0], plan.queries, 1), fill(segments[1], plan.keys, 1), start)
-    out = _attend(plan, fill(query, plan.queries, 2), fill(key, plan.keys, 2), fill(value, plan.keys, 2), seen)
+    out: Any = _attend(plan, fill(query, plan.queries, 2), fill(key, plan.keys, 2), fill(value, plan.keys, 2), seen)
     return out[:, :, :length]
 
 
@@ -232,7 +232,7 @@ def _call(
     plan: Plan, kernel: Callable, grid: tuple[int, ...], specs: tuple[list, list], shapes: list, scratch: list
 ) -> Callable:
     walked = 1 if kernel is not _key_value_kernel else 2
-    semantics = ("parallel",) * (len(grid) - walked) + ("arbitrary",) * walked
+    semantics: Any = ("parallel",) * (len(grid) - walked) + ("arbitrary",) * walked
     return pl.pallas_call(
         functools.partial(kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(

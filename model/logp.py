@@ -35,7 +35,7 @@ def token_logp(
     gradient is scattered chunk by chunk. Where the vocabulary is split over devices, each walks its own part ("S").
     A vocabulary that is one chunk on one device is not walked.
     """
-    if chunk >= head.shape[1] and meshes.current_parts("vocab", head.shape[1]) == 1:
+    if chunk >= head.shape[1] and is_whole(*head.shape):
         return _at_once(hidden, head, targets, jnp.float32(temperature))
     pieces, share = _pieces(head, chunk)
     width, shards = pieces.shape[3], pieces.shape[2]
@@ -60,6 +60,11 @@ def token_logp(
     run, _ = jax.lax.scan(walk, start, (width * jnp.arange(pieces.shape[0]), pieces))
     log_total = jax.nn.logsumexp(run.highest, axis=-1, b=run.total)
     return jnp.sum(run.chosen, axis=-1) - log_total
+
+
+def is_whole(dim: int, vocab: int) -> bool:
+    """Whether every device of the mesh set by `jax.set_mesh` has the whole head."""
+    return meshes.current_parts("embed", dim) * meshes.current_parts("vocab", vocab) == 1
 
 
 @jax.checkpoint

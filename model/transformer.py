@@ -20,7 +20,7 @@ from .layers import PARAM_AXES, Block, Ends, Where
 Params = dict[str, Any]
 
 LOGITS = 2**25
-"""Scores that `token_logp` holds at a time on a device, 128 MiB: 4,096 entries of the vocabulary for 8,192 tokens."""
+"""Scores that `token_logp` holds at a time on a device that has the whole head: 128 MiB."""
 
 
 def init(config: ModelConfig, key: Array) -> Params:
@@ -164,9 +164,10 @@ def token_logp(
     """Log-probability of each target under softmax(logits / temperature), float32.
 
     Never holds logits of more than about `chunk` entries of the vocabulary, forward or backward; the backward pass
-    computes them again. Unless told, as many entries as make a device hold `LOGITS` scores at a time.
+    computes them again. Unless told, 4,096 entries of a head that is split over devices, so that no device gathers much
+    of it, or as many as make `LOGITS` scores of one that is not.
     """
     if chunk is None:
         tokens = targets.size // meshes.current_parts("batch", targets.shape[0])
-        chunk = max(128, LOGITS // tokens)
+        chunk = max(128, LOGITS // tokens) if logp.is_whole(hidden.shape[2], config.vocab_size) else 4096
     return logp.token_logp(hidden, head(config, params), targets, chunk=chunk, temperature=temperature)

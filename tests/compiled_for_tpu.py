@@ -53,7 +53,8 @@ def kernels(devices: Any, dim: int) -> int:
     like = partial(jax.ShapeDtypeStruct, sharding=where)
     arrays = [like((1, heads, 1300, dim), jnp.bfloat16) for heads in (4, 2, 2)]
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-    text = gradient.lower(*arrays, like((1, 1300), jnp.int32)).compile().as_text() or ""
+    with jax.set_mesh(mesh):
+        text = gradient.lower(*arrays, like((1, 1300), jnp.int32)).compile().as_text() or ""
     return text.count('custom_call_target="tpu_custom_call"')
 
 
