@@ -48,8 +48,8 @@ def kept_logp(
     vocab, num_bytes = head.shape[1], -(-head.shape[1] // 8)
     if kept.shape[-1] != num_bytes:
         raise ValueError(f"kept has {kept.shape[-1]} bytes a token and a vocabulary of {vocab} needs {num_bytes}.")
-    one = _logp(_plan(head, head, chunk, vocab_shards), hidden, head, targets[..., None], kept)
-    return jnp.squeeze(one, axis=-1)
+    chosen = _logp(_plan(head, head, chunk, vocab_shards), hidden, head, targets[..., None], kept)
+    return jnp.squeeze(jnp.asarray(chosen), axis=-1)
 
 
 def top_k(
