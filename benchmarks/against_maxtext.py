@@ -22,6 +22,7 @@ from jax.experimental.topologies import get_topology_desc
 from rich.console import Console
 from rich.table import Table
 
+from posttrain.launch.compiled import environment
 from posttrain.model import config as configs
 from posttrain.sharding import mesh as meshes
 from posttrain.train import programs, sft, state
@@ -29,16 +30,6 @@ from posttrain.train.compute import Compute
 from posttrain.train.optimizer import AdamW
 
 MODELS = {"llama3.1-8b": configs.LLAMA_31_8B, "llama3.1-70b": configs.LLAMA_31_70B}
-# libtpu asks no metadata server, touches no lock and keeps its logs to itself.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-}
 INSTALL = (
     "make one with `python3.12 -m venv maxtext-env && maxtext-env/bin/pip install 'maxtext[tpu]==0.2.5'` and pass "
     "--maxtext-python maxtext-env/bin/python"
@@ -70,7 +61,7 @@ class Args:
 
 def ours(args: Args) -> dict[str, Any]:
     """Bytes of arguments and temporaries on each device, by our compiled train step."""
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(environment(os.environ))
     jax.config.update("jax_platforms", "cpu")
     topology = get_topology_desc(platform="tpu", topology_name=args.topology, wrap=_wrap(args.topology))
     mesh = meshes.make_mesh(devices=topology.devices)
@@ -133,7 +124,7 @@ def maxtext(args: Args) -> dict[str, Any] | str:
 
 def _environment() -> dict[str, str]:
     without = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")}
-    return without | ENVIRONMENT | {"DECOUPLE_GCLOUD": "TRUE"}
+    return environment(without) | {"DECOUPLE_GCLOUD": "TRUE"}
 
 
 def show(args: Args, mine: dict[str, Any], theirs: dict[str, Any] | str) -> None:

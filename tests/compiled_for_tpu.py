@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.topologies import get_topology_desc
 
+from posttrain.launch.compiled import environment
 from posttrain.model import flash
 from posttrain.model.config import ModelConfig
 from posttrain.sharding import mesh as meshes
@@ -17,14 +18,6 @@ from posttrain.train import programs, sft, state
 from posttrain.train.compute import Compute
 from posttrain.train.optimizer import AdamW
 
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-}
 GENERATIONS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 CONFIG = ModelConfig(
     vocab_size=24_576,
@@ -33,7 +26,7 @@ CONFIG = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=128,
-    mlp_dim=1024,
+    mlp_dim=1536,
     context=1024,
 )
 KERNELS = 3
@@ -108,7 +101,7 @@ def _outside_loops(text: str) -> list[str]:
 
 
 def main() -> None:
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(environment(os.environ))
     jax.config.update("jax_platforms", "cpu")
     found: dict[str, Any] = {"step": train_step("v5p:2x2x1"), "kernels": {}}
     for generation, name in GENERATIONS.items():
