@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
-from .chunked import _empty, _grow, _log_z, _plan, _walk_back
-from .distill import _columns, _num_chunks, _piece, _Plan, _project, _view
+from . import vocabulary
 
 
 def logp(
@@ -27,7 +26,7 @@ def logp(
     Equals `log_softmax(hidden @ head)` taken at `tokens`, in value and gradient. Raises ValueError if `chunk` < 1 or
     `vocab_shards` does not divide the vocabulary.
     """
-    return _logp(_plan(head, head, chunk, vocab_shards), hidden, head, tokens, None)
+    return _logp(vocabulary.make_plan(head, head, chunk, vocab_shards), hidden, head, tokens, None)
 
 
 def kept_logp(
@@ -48,7 +47,7 @@ def kept_logp(
     vocab, num_bytes = head.shape[1], -(-head.shape[1] // 8)
     if kept.shape[-1] != num_bytes:
         raise ValueError(f"kept has {kept.shape[-1]} bytes a token and a vocabulary of {vocab} needs {num_bytes}.")
-    chosen = _logp(_plan(head, head, chunk, vocab_shards), hidden, head, targets[..., None], kept)
+    chosen = _logp(vocabulary.make_plan(head, head, chunk, vocab_shards), hidden, head, targets[..., None], kept)
     return jnp.squeeze(jnp.asarray(chosen), axis=-1)
 
 
@@ -59,34 +58,34 @@ def top_k(
 
     What a teacher hands over instead of its hidden states. Raises ValueError if `chunk` < 1 or the vocabulary < k.
     """
-    plan = _plan(head, head, chunk, 1)
+    plan = vocabulary.make_plan(head, head, chunk, 1)
     if not 1 <= k <= plan.per_shard:
         raise ValueError(f"k={k} must be from 1 to the vocabulary's {plan.per_shard} tokens.")
-    hidden, view = lax.stop_gradient(hidden), lax.stop_gradient(_view(plan, head))
+    hidden, view = lax.stop_gradient(hidden), lax.stop_gradient(vocabulary.split(plan, head))
 
     def step(carry, index):
         best, ids, norm = carry
         start, logits = _logits(plan, hidden, view, index)
-        norm = _grow(norm, logits)
+        norm = vocabulary.grow(norm, logits)
         candidates = jnp.concatenate([best, logits[..., 0, :]], axis=-1)
         columns = jnp.broadcast_to(start + jnp.arange(plan.width, dtype=jnp.int32), (*logits.shape[:-2], plan.width))
         best, places = lax.top_k(candidates, k)
         return (best, jnp.take_along_axis(jnp.concatenate([ids, columns], axis=-1), places, axis=-1), norm), None
 
     nothing = jnp.full((*hidden.shape[:-1], k), -jnp.inf, jnp.float32)
-    carry = nothing, jnp.zeros(nothing.shape, jnp.int32), _empty(plan, hidden)
-    (best, ids, norm), _ = lax.scan(step, carry, jnp.arange(_num_chunks(plan)))
-    return best - _log_z(norm)[..., None], ids
+    carry = nothing, jnp.zeros(nothing.shape, jnp.int32), vocabulary.empty(plan, hidden)
+    (best, ids, norm), _ = lax.scan(step, carry, jnp.arange(vocabulary.num_chunks(plan)))
+    return best - vocabulary.log_z(norm)[..., None], ids
 
 
-def _logits(plan: _Plan, hidden: Array, view: Array, index: Array) -> tuple[Array, Array]:
+def _logits(plan: vocabulary.Plan, hidden: Array, view: Array, index: Array) -> tuple[Array, Array]:
     """First column of chunk `index` and its logits [*S, shards, width], -inf in columns that were seen before."""
-    start, fresh = _columns(plan, index)
-    logits = _project(hidden, _piece(plan, view, start))
+    start, fresh = vocabulary.columns(plan, index)
+    logits = vocabulary.project(hidden, vocabulary.take(plan, view, start))
     return start, jnp.where(jnp.broadcast_to(fresh, logits.shape), logits, -jnp.inf)
 
 
-def _unpack(plan: _Plan, kept: Array, start: Array) -> Array:
+def _unpack(plan: vocabulary.Plan, kept: Array, start: Array) -> Array:
     """Which columns of each shard's chunk from `start` on were kept: [*S, shards, width]."""
     column = jnp.arange(plan.shards)[:, None] * plan.per_shard + start + jnp.arange(plan.width)[None, :]
     byte = jnp.take(kept, column // 8, axis=-1)
@@ -94,9 +93,9 @@ def _unpack(plan: _Plan, kept: Array, start: Array) -> Array:
     return (byte >> shift) & 1 != 0
 
 
-def _places(plan: _Plan, tokens: Array, index: Array) -> tuple[Array, Array]:
+def _places(plan: vocabulary.Plan, tokens: Array, index: Array) -> tuple[Array, Array]:
     """Where in chunk `index` of each shard the tokens are, and whether they are there: both [*S, shards, K]."""
-    start, _ = _columns(plan, index)
+    start, _ = vocabulary.columns(plan, index)
     first = jnp.arange(plan.shards, dtype=jnp.int32) * plan.per_shard
     offset = tokens[..., None, :] - jnp.broadcast_to(first[:, None], (*tokens.shape[:-1], plan.shards, 1))
     inside = (offset >= index * plan.width) & (offset < jnp.minimum((index + 1) * plan.width, plan.per_shard))
@@ -108,8 +107,8 @@ def _scatter(place: Array, given: Array, width: int) -> Array:
     return jnp.vectorize(lambda at, x: jnp.zeros(width, x.dtype).at[at].add(x), signature="(k),(k)->(c)")(place, given)
 
 
-def _logp_forward(plan: _Plan, hidden, head, tokens, kept):
-    view = _view(plan, head)
+def _logp_forward(plan: vocabulary.Plan, hidden, head, tokens, kept):
+    view = vocabulary.split(plan, head)
 
     def step(carry, index):
         found, norm = carry
@@ -118,16 +117,16 @@ def _logp_forward(plan: _Plan, hidden, head, tokens, kept):
             logits = jnp.where(_unpack(plan, kept, start), logits, -jnp.inf)
         place, inside = _places(plan, tokens, index)
         found += jnp.sum(jnp.where(inside, jnp.take_along_axis(logits, place, axis=-1), 0.0), axis=-2)
-        return (found, _grow(norm, logits)), None
+        return (found, vocabulary.grow(norm, logits)), None
 
-    carry = jnp.zeros(tokens.shape, jnp.float32), _empty(plan, hidden)
-    (found, norm), _ = lax.scan(step, carry, jnp.arange(_num_chunks(plan)))
-    log_z = _log_z(norm)
+    carry = jnp.zeros(tokens.shape, jnp.float32), vocabulary.empty(plan, hidden)
+    (found, norm), _ = lax.scan(step, carry, jnp.arange(vocabulary.num_chunks(plan)))
+    log_z = vocabulary.log_z(norm)
     return found - log_z[..., None], log_z
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logp(plan: _Plan, hidden, head, tokens, kept) -> Array:
+def _logp(plan: vocabulary.Plan, hidden, head, tokens, kept) -> Array:
     return _logp_forward(plan, hidden, head, tokens, kept)[0]
 
 
@@ -147,7 +146,7 @@ def _logp_bwd(plan, saved, cotangent):
             logits = jnp.where(_unpack(plan, kept, start), logits, -jnp.inf)
         return chosen - jnp.exp(logits - log_z[..., None, None]) * total
 
-    return *_walk_back(plan, hidden, head, d_logits_of), None, None
+    return *vocabulary.walk_back(plan, hidden, head, d_logits_of), None, None
 
 
 _logp.defvjp(_logp_fwd, _logp_bwd)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from . import mismatch
+from . import mismatch, vocabulary
 
 
 def sampled_token_advantage(teacher_logp: Float[Array, "*S"], student_logp: Float[Array, "*S"]) -> Float[Array, "*S"]:
@@ -87,28 +87,8 @@ def chunked_reverse_kl(
     The teacher's hidden states are what DeepSeek-V4 stores, https://arxiv.org/abs/2606.19348, section 5.2.2.
     Raises ValueError if the heads' vocabularies differ, `chunk` < 1, or `vocab_shards` does not divide the vocabulary.
     """
-    vocab = student_head.shape[1]
-    if teacher_head.shape[1] != vocab:
-        raise ValueError(
-            f"The student's vocabulary has {vocab} tokens and the teacher's {teacher_head.shape[1]}; a full-vocabulary "
-            "KL needs the same tokenizer and the same padding of both heads."
-        )
-    if vocab_shards < 1 or vocab % vocab_shards:
-        raise ValueError(
-            f"vocab_shards={vocab_shards} does not divide the vocabulary of {vocab}; pad the heads or use 1."
-        )
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk} is not a number of vocabulary columns; give at least 1.")
-    plan = _Plan(vocab_shards, vocab // vocab_shards, min(-(-chunk // vocab_shards), vocab // vocab_shards))
+    plan = vocabulary.make_plan(student_head, teacher_head, chunk, vocab_shards)
     return _chunked_reverse_kl(plan, student_hidden, student_head, teacher_hidden, teacher_head)
-
-
-class _Plan(NamedTuple):
-    """How the vocabulary is walked: seen as [shards, per_shard], `width` columns of every shard at a time."""
-
-    shards: int
-    per_shard: int
-    width: int
 
 
 class _Running(NamedTuple):
@@ -121,39 +101,13 @@ class _Running(NamedTuple):
     teacher_sum: Array
 
 
-def _columns(plan: _Plan, index: Array) -> tuple[Array, Bool[Array, " C"]]:
-    """First column of chunk `index`, and which of its columns are new: the last chunk is moved back to fit."""
-    start = jnp.minimum(index * plan.width, plan.per_shard - plan.width)
-    return start, start + jnp.arange(plan.width) >= index * plan.width
-
-
-def _view(plan: _Plan, head: Array) -> Array:
-    return head.reshape(head.shape[0], plan.shards, plan.per_shard)
-
-
-def _piece(plan: _Plan, view: Array, start: Array) -> Array:
-    return lax.dynamic_slice_in_dim(view, start, plan.width, axis=2)
-
-
-def _project(hidden: Array, piece: Array) -> Array:
-    return jnp.tensordot(hidden, piece.astype(hidden.dtype), axes=1, preferred_element_type=jnp.float32)
-
-
-def _num_chunks(plan: _Plan) -> int:
-    return -(-plan.per_shard // plan.width)
-
-
-def _merge(old_max: Array, new_max: Array, total: Array, added: Array) -> Array:
-    return total * jnp.exp(old_max - new_max) + added
-
-
 def _forward(plan, student_hidden, student_head, teacher_hidden, teacher_head):
-    student_view, teacher_view = _view(plan, student_head), _view(plan, teacher_head)
+    student_view, teacher_view = vocabulary.split(plan, student_head), vocabulary.split(plan, teacher_head)
 
     def step(run: _Running, index):
-        start, fresh = _columns(plan, index)
-        student = _project(student_hidden, _piece(plan, student_view, start))
-        teacher = _project(teacher_hidden, _piece(plan, teacher_view, start))
+        start, fresh = vocabulary.columns(plan, index)
+        student = vocabulary.project(student_hidden, vocabulary.take(plan, student_view, start))
+        teacher = vocabulary.project(teacher_hidden, vocabulary.take(plan, teacher_view, start))
         fresh = jnp.broadcast_to(fresh, student.shape)
         gap = student - teacher
         student = jnp.where(fresh, student, -jnp.inf)
@@ -164,15 +118,15 @@ def _forward(plan, student_hidden, student_head, teacher_hidden, teacher_head):
         q = jnp.exp(teacher - teacher_max[..., None])
         return _Running(
             student_max,
-            _merge(run.student_max, student_max, run.student_sum, jnp.sum(p, axis=-1)),
-            _merge(run.student_max, student_max, run.gap_sum, jnp.sum(p * gap, axis=-1)),
+            vocabulary.merge(run.student_max, student_max, run.student_sum, jnp.sum(p, axis=-1)),
+            vocabulary.merge(run.student_max, student_max, run.gap_sum, jnp.sum(p * gap, axis=-1)),
             teacher_max,
-            _merge(run.teacher_max, teacher_max, run.teacher_sum, jnp.sum(q, axis=-1)),
+            vocabulary.merge(run.teacher_max, teacher_max, run.teacher_sum, jnp.sum(q, axis=-1)),
         ), None
 
     zeros = jnp.zeros((*student_hidden.shape[:-1], plan.shards), jnp.float32)
     start = _Running(zeros - jnp.inf, zeros, zeros, zeros - jnp.inf, zeros)
-    run, _ = lax.scan(step, start, jnp.arange(_num_chunks(plan)))
+    run, _ = lax.scan(step, start, jnp.arange(vocabulary.num_chunks(plan)))
     student_max = jnp.max(run.student_max, axis=-1, keepdims=True)
     rescale = jnp.exp(run.student_max - student_max)
     student_sum = jnp.sum(run.student_sum * rescale, axis=-1)
@@ -194,31 +148,16 @@ def _chunked_reverse_kl_fwd(plan, *arrays):
 
 def _chunked_reverse_kl_bwd(plan, saved, cotangent):
     """d KL / d logit = p ((log p - log q) - KL), chunk by chunk."""
-    (student_hidden, student_head, teacher_hidden, teacher_head), kl, student_log_z, teacher_log_z = saved
-    student_view, teacher_view = _view(plan, student_head), _view(plan, teacher_head)
-    rows = tuple(range(student_hidden.ndim - 1))
-    per_row = tuple(x[..., None, None] for x in (kl, student_log_z, teacher_log_z, cotangent))
+    (student_hidden, student_head, teacher_hidden, teacher_head), *per_row = saved
+    kl, student_log_z, teacher_log_z, cotangent = (x[..., None, None] for x in (*per_row, cotangent))
+    teacher_view = vocabulary.split(plan, teacher_head)
 
-    def step(carry, index):
-        d_hidden, d_head = carry
-        row_kl, row_student_z, row_teacher_z, row_cotangent = per_row
-        start, fresh = _columns(plan, index)
-        piece = _piece(plan, student_view, start)
-        log_p = _project(student_hidden, piece) - row_student_z
-        log_q = _project(teacher_hidden, _piece(plan, teacher_view, start)) - row_teacher_z
-        d_logits = jnp.exp(log_p) * (log_p - log_q - row_kl) * row_cotangent
-        d_logits = jnp.where(jnp.broadcast_to(fresh, d_logits.shape), d_logits, 0.0)
-        d_hidden += jnp.einsum("...kc,dkc->...kd", d_logits, piece, preferred_element_type=jnp.float32)
-        d_piece = jnp.tensordot(student_hidden, d_logits, axes=(rows, rows), preferred_element_type=jnp.float32)
-        d_piece = jnp.where(
-            jnp.broadcast_to(fresh, d_piece.shape), d_piece.astype(d_head.dtype), _piece(plan, d_head, start)
-        )
-        return (d_hidden, lax.dynamic_update_slice_in_dim(d_head, d_piece, start, axis=2)), None
+    def d_logits_of(index, start, student):
+        log_p = student - student_log_z
+        log_q = vocabulary.project(teacher_hidden, vocabulary.take(plan, teacher_view, start)) - teacher_log_z
+        return jnp.exp(log_p) * (log_p - log_q - kl) * cotangent
 
-    d_hidden = jnp.zeros((*student_hidden.shape[:-1], plan.shards, student_hidden.shape[-1]), jnp.float32)
-    (d_hidden, d_head), _ = lax.scan(step, (d_hidden, jnp.zeros_like(student_view)), jnp.arange(_num_chunks(plan)))
-    d_hidden = jnp.sum(d_hidden, axis=-2).astype(student_hidden.dtype)
-    return d_hidden, d_head.reshape(student_head.shape), None, None
+    return *vocabulary.walk_back(plan, student_hidden, student_head, d_logits_of), None, None
 
 
 _chunked_reverse_kl.defvjp(_chunked_reverse_kl_fwd, _chunked_reverse_kl_bwd)
