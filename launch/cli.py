@@ -9,7 +9,7 @@ import importlib
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -258,7 +258,8 @@ def build(words: Sequence[str]) -> SubcommandApp:
         ValueError: for a recipe that does not exist.
     """
     app = SubcommandApp()
-    runs, plans = _recipe_commands("run", words), _recipe_commands("plan", words)
+    known = recipes()
+    runs, plans = (_recipe_commands(verb, words, known) for verb in ("run", "plan"))
     commands: dict[str, tuple[Any, str]] = {
         "run": (runs, RUN),
         "plan": (plans, PLAN),
@@ -273,9 +274,9 @@ def build(words: Sequence[str]) -> SubcommandApp:
     return app
 
 
-def _recipe_commands(verb: str, words: Sequence[str]) -> SubcommandApp:
-    """A command per recipe; the one that the words name has its options."""
-    app, known = SubcommandApp(), recipes()
+def _recipe_commands(verb: str, words: Sequence[str], known: Mapping[str, str]) -> SubcommandApp:
+    """A command per known recipe; the one that the words name has its options."""
+    app = SubcommandApp()
     wanted = words[1] if words[:1] == [verb] and len(words) > 1 else "--help"
     if not wanted.startswith("-") and wanted not in known:
         raise ValueError(f"there is no recipe {wanted!r}: choose one of {', '.join(known)}")

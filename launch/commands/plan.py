@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import inspect
 import json
 import os
 import subprocess
@@ -18,7 +17,7 @@ import tyro
 from ...sharding import rules, topology
 from .. import compiled, plan_page
 from ..plan import Request
-from .run import WIDTH
+from .run import WIDTH, with_options
 
 
 def command(name: str) -> Callable[..., None]:
@@ -59,15 +58,7 @@ def command(name: str) -> Callable[..., None]:
         )
         main(request, out)
 
-    theirs = list(inspect.signature(module.recipe).parameters.values())[1:]
-    kinds = inspect.signature(go).parameters.values()
-    named = {one.name for one in theirs}  # an option that the recipe has too is the same to both
-    own = [one for one in kinds if one.kind != inspect.Parameter.VAR_KEYWORD and one.name not in named]
-    described: Any = go
-    described.__signature__ = inspect.Signature([*own, *theirs])
-    described.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *theirs)}
-    described.__doc__ = inspect.getdoc(module.recipe)
-    return go
+    return with_options(go, module.recipe)
 
 
 def axes(text: str) -> dict[str, int]:

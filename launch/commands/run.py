@@ -36,12 +36,19 @@ def command(name: str) -> Callable[..., None]:
     ) -> None:
         train(module.recipe, out, smoke=smoke, options=options)
 
-    own = inspect.signature(go).parameters
-    parameters = [own["out"], own["smoke"], *list(inspect.signature(module.recipe).parameters.values())[1:]]
+    return with_options(go, module.recipe)
+
+
+def with_options(go: Callable[..., None], recipe: Callable[..., Any]) -> Callable[..., None]:
+    """`go(*, ..., **options)` as a command whose `options` are the recipe's own; one of both names is the recipe's."""
+    theirs = list(inspect.signature(recipe).parameters.values())[1:]
+    named = {one.name for one in theirs}
+    mine = [one for one in inspect.signature(go).parameters.values() if one.kind != inspect.Parameter.VAR_KEYWORD]
+    parameters = [*(one for one in mine if one.name not in named), *theirs]
     described: Any = go
     described.__signature__ = inspect.Signature(parameters)
-    described.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    described.__doc__ = inspect.getdoc(module.recipe)
+    described.__annotations__ = {one.name: one.annotation for one in parameters}
+    described.__doc__ = inspect.getdoc(recipe)
     return go
 
 

@@ -35,7 +35,7 @@ def recipe(
 
     Args:
         run: trains (or plans) a stage and returns its folder.
-        base: the model to start from; "tiny" is made on the spot and runs in a minute or two; the large ones are
+        base: the model to start from; "tiny" is made on the spot and takes minutes; the large ones are
             shapes to plan with.
         objective: full-vocabulary or sampled-token distillation, or a student of each; "full", and "both" for "tiny",
             unless told.
