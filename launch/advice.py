@@ -7,6 +7,7 @@ import jax
 
 from ..sharding.topology import GIB, Topology
 from ..train.programs import Program
+from . import cost
 from .compiled import Compiled
 
 REPLICATED = 64 * 2**20
@@ -61,10 +62,7 @@ def _narrow(leaves: list[tuple[Any, Any]]) -> list[str]:
 
 
 def _padded(leaves: list[tuple[Any, Any]], found: Compiled) -> list[str]:
-    logical = math.fsum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape) * leaf.dtype.itemsize
-        for _, leaf in leaves
-    )
+    logical = cost.array_bytes([leaf for _, leaf in leaves])
     if found.arguments and logical < (1 - PADDING) * found.arguments:
         return [
             f"{1 - logical / found.arguments:.0%} of the arguments' memory is padding to the chip's tiles of 8 x 128: "
