@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from . import source
-from .source import Indexable
+from .shuffle import Indexable
 from .task import Message, TaskSource
 
 

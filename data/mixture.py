@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from .source import Indexable, Shuffled
+from .shuffle import Indexable, Shuffled
 
 
 class Drawn(NamedTuple):

@@ -226,12 +226,12 @@ def test_the_reward_on_characters_goes_up(tmp_path):
     tasks, mesh = Characters(operation="copy", length=2, letters=4), one_device()
     adam = AdamW(learning_rate=3e-3, warmup_steps=5)
     learned = SFT(
-        start="tiny", data=Demonstrations(tasks=tasks), steps=110, batch_size=16, optimizer=adam, compute=COMPUTE
+        start="tiny", data=Demonstrations(tasks=tasks), steps=35, batch_size=16, optimizer=adam, compute=COMPUTE
     )
     learned.train(tmp_path / "start", mesh)
     settings = {"steps": 25, "prompts": 16, "group": 8, "rounds": 1, "optimizer": AdamW(learning_rate=1e-3)}
     stage(start=str(tmp_path / "start"), tasks=tasks, **settings).train(tmp_path / "rl", mesh)
     rewards = [line["reward"] for line in metrics.read(tmp_path / "rl" / "metrics.jsonl")]
-    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.12  # seen: 0.26 at first, 0.47 at last
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.3  # seen: 0.19 at first, 0.85 at last
     rows = [json.loads(line) for line in (tmp_path / "rl" / "rollouts" / "000024.jsonl").read_text().splitlines()]
     assert {row["domain"] for row in rows} == {"copy"} and {row["version"] for row in rows} == {24}

@@ -10,7 +10,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from pyarrow import parquet
 
-from posttrain.data import mixture, source
+from posttrain.data import mixture, shuffle, source
 
 RECORDS = [
     {"messages": [{"role": "user", "content": f"question {i} é"}, {"role": "assistant", "content": f"answer {i}"}]}
@@ -58,7 +58,7 @@ def test_records_travel_to_other_processes(stored):
 
 
 def test_every_epoch_is_a_permutation_and_no_two_are_alike(stored):
-    endless = source.Shuffled(source.read(*stored), seed=7)
+    endless = shuffle.Shuffled(source.read(*stored), seed=7)
     epochs = [[endless[epoch * 23 + i] for i in range(23)] for epoch in range(4)]
     for epoch in epochs:
         assert Counter(map(str, epoch)) == Counter(map(str, WANTED))
@@ -66,10 +66,10 @@ def test_every_epoch_is_a_permutation_and_no_two_are_alike(stored):
 
 
 def test_the_order_depends_on_seed_and_index_alone():
-    one, two = (source.Shuffled(range(50), seed=3) for _ in range(2))
+    one, two = (shuffle.Shuffled(range(50), seed=3) for _ in range(2))
     forwards = [one[i] for i in range(170)]
     assert [two[i] for i in reversed(range(170))] == forwards[::-1]
-    seeded = [source.Shuffled(range(50), seed=seed) for seed in range(20)]
+    seeded = [shuffle.Shuffled(range(50), seed=seed) for seed in range(20)]
     orders = {tuple(endless[i] for i in range(200)) for endless in seeded}
     assert len(orders) == 20
     epochs = {order[start : start + 50] for order in orders for start in range(0, 200, 50)}
@@ -77,30 +77,30 @@ def test_the_order_depends_on_seed_and_index_alone():
 
 
 def test_the_order_stays_the_same_in_later_versions():
-    endless = source.Shuffled(range(8), seed=0)
+    endless = shuffle.Shuffled(range(8), seed=0)
     assert [endless[i] for i in range(16)] == [5, 1, 4, 2, 0, 6, 7, 3, 1, 3, 6, 2, 4, 7, 0, 5]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_records_are_shuffled_too(count):
-    endless = source.Shuffled(range(count), seed=0)
+    endless = shuffle.Shuffled(range(count), seed=0)
     assert sorted(endless[i] for i in range(count)) == list(range(count))
 
 
 def test_resuming_from_the_cursor_is_going_on():
-    endless = source.Shuffled(range(31), seed=1)
-    whole = list(islice(source.batches(endless, size=8), 12))
+    endless = shuffle.Shuffled(range(31), seed=1)
+    whole = list(islice(shuffle.batches(endless, size=8), 12))
     cursor = whole[4][0]
     assert cursor == 40
-    assert list(islice(source.batches(endless, size=8, start=cursor), 7)) == whole[5:]
+    assert list(islice(shuffle.batches(endless, size=8, start=cursor), 7)) == whole[5:]
 
 
 @pytest.mark.parametrize("hosts", [2, 4, 8])
 def test_hosts_together_see_what_one_host_sees(hosts):
-    endless = source.Shuffled(range(31), seed=1)
-    alone = list(islice(source.batches(endless, size=8), 6))
+    endless = shuffle.Shuffled(range(31), seed=1)
+    alone = list(islice(shuffle.batches(endless, size=8), 6))
     shares = [
-        list(islice(source.batches(endless, size=8, process_index=host, process_count=hosts), 6))
+        list(islice(shuffle.batches(endless, size=8, process_index=host, process_count=hosts), 6))
         for host in range(hosts)
     ]
     for step, (cursor, items) in enumerate(alone):
@@ -110,11 +110,11 @@ def test_hosts_together_see_what_one_host_sees(hosts):
 
 def test_an_uneven_split_over_hosts_is_an_error():
     with pytest.raises(ValueError, match="8 items cannot be split evenly over 3 hosts"):
-        next(source.batches(range(100), size=8, process_count=3))
+        next(shuffle.batches(range(100), size=8, process_count=3))
 
 
 def test_batches_of_finite_items_end_with_the_last_whole_batch():
-    assert list(source.batches(range(7), size=3)) == [(3, [0, 1, 2]), (6, [3, 4, 5])]
+    assert list(shuffle.batches(range(7), size=3)) == [(3, [0, 1, 2]), (6, [3, 4, 5])]
 
 
 def test_malformed_lines_are_named_counted_and_left_out(tmp_path, caplog):
@@ -187,7 +187,7 @@ def test_nothing_to_read_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"end in \['\.txt'\]"):
         source.read(write_lines(tmp_path / "data.txt", ["x"]))
     with pytest.raises(ValueError, match="nothing to shuffle"):
-        source.Shuffled([], seed=0)
+        shuffle.Shuffled([], seed=0)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_mixture_resumes_anywhere_and_shuffles_each_source_its_own_way():
     orders = {name: [item[1:] for source, item in drawn if source == name] for name in sources}
     assert sorted(orders["math"]) == sorted(orders["code"])
     assert orders["math"] != orders["code"]
-    _, items = next(source.batches(one, size=4, start=96))
+    _, items = next(shuffle.batches(one, size=4, start=96))
     assert items == [one[i] for i in range(96, 100)]
 
 

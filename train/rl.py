@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..data.source import Shuffled
+from ..data.shuffle import Shuffled
 from ..data.task import Task, TaskSource
 from ..data.verify.pool import VerifierPool
 from ..model import sample, transformer

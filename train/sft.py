@@ -12,7 +12,7 @@ from ..data import chat
 from ..data.batch import Batch
 from ..data.conversations import Demonstrations, Files
 from ..data.pack import Example, pack
-from ..data.source import Shuffled
+from ..data.shuffle import Shuffled
 from ..data.task import Message
 from ..data.tokenizer import Tokenizer
 from ..model import transformer
