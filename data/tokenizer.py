@@ -144,9 +144,12 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def tiny() -> Tokenizer:
-    """A byte-level tokenizer of 264 tokens with ChatML markers and no default system prompt, for smoke runs."""
+    """A byte-level tokenizer of 267 tokens with ChatML markers and no default system prompt, for smoke runs.
+
+    The names of the roles are tokens too, which makes a short conversation a third shorter.
+    """
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
-    added = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+    added = ["<think>", "</think>", "<tool_call>", "</tool_call>", "system", "user", "assistant"]
     names = special + added + sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -4,6 +4,7 @@ Parameters are a nested dict of float32 arrays, layers stacked on a leading axis
 reference all call the same `apply`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,13 @@ def init(config: ModelConfig, key: Array) -> Params:
 
 def abstract_params(config: ModelConfig) -> Params:
     """Shapes and types of the parameters, without computing any."""
-    return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    leaves, tree = _shapes(config)
+    return jax.tree.unflatten(tree, leaves)
+
+
+@functools.cache
+def _shapes(config: ModelConfig) -> tuple[list[jax.ShapeDtypeStruct], Any]:
+    return jax.tree.flatten(jax.eval_shape(lambda key: init(config, key), jax.random.key(0)))
 
 
 def logical_axes(config: ModelConfig) -> Params:

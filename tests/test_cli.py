@@ -20,7 +20,7 @@ from posttrain.train import checkpoint, loop
 
 STAGES = {
     "start", "eval-start", "merge-mean", "eval-mean", "merge-ties", "eval-ties", "mopd-full", "eval-mopd-full",
-    *(f"{kind}-{domain}" for kind in ("specialist", "eval") for domain in ("reverse", "sort", "rotate")),
+    *(f"{kind}-{domain}" for kind in ("specialist", "eval") for domain in ("reverse", "rotate", "double")),
 }  # fmt: skip
 
 
@@ -119,10 +119,11 @@ def test_the_same_command_finishes_a_stopped_run(run):
     assert [attempt["end"] for attempt in attempts] == ["done"]
     rows = json.loads((run.out / "report.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [
-        "start", "specialist-reverse", "specialist-sort", "specialist-rotate", "merge-mean", "merge-ties", "mopd-full",
+        "start", "specialist-reverse", "specialist-rotate", "specialist-double",
+        "merge-mean", "merge-ties", "mopd-full",
     ]  # fmt: skip
     for row in rows:
-        assert set(row["scores"]) == {"reverse", "sort", "rotate"}
+        assert set(row["scores"]) == {"reverse", "rotate", "double"}
         assert row["name"] in run.finished.stdout
     assert str(run.out / "report.html") in run.finished.stdout
 
@@ -251,7 +252,7 @@ def test_converting_into_a_folder_with_something_in_it_is_refused(posttrain, tmp
 
 
 def test_merging_by_command_is_the_weighted_average(run, posttrain, tmp_path):
-    a, b = run.out / "specialist-sort", run.out / "specialist-reverse"
+    a, b = run.out / "specialist-double", run.out / "specialist-reverse"
     code, stdout, stderr = posttrain("merge", "linear", a, b, "--weights", "3", "1", "--out", tmp_path / "merged")
     assert code == 0, stderr
     assert str(tmp_path / "merged" / "model") in stdout
@@ -271,7 +272,7 @@ def test_merging_by_command_is_the_weighted_average(run, posttrain, tmp_path):
 )
 def test_merges_at_their_ends_give_back_a_model(run, posttrain, tmp_path, words):
     method, *options = words
-    models = [run.out / "specialist-sort", run.out / "specialist-reverse"]
+    models = [run.out / "specialist-double", run.out / "specialist-reverse"]
     code, _, stderr = posttrain(
         "merge", method, *models, *options, "--base", run.out / "start", "--out", tmp_path / "m"
     )

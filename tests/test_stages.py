@@ -158,9 +158,9 @@ def test_sft_learns_a_file_with_a_malformed_line(conversations, tmp_path, caplog
 
 
 def test_a_conversation_longer_than_a_row_is_an_error_that_says_so(conversations, tmp_path):
-    short = dataclasses.replace(COMPUTE, row_tokens=16)
+    short = dataclasses.replace(COMPUTE, row_tokens=8)
     stage = SFT(start="tiny", data=Files(paths=(conversations,), max_malformed=0.05), steps=1, compute=short)
-    with pytest.raises(ValueError, match="^a conversation has \\d+ tokens and a row 16: raise row_tokens") as raised:
+    with pytest.raises(ValueError, match="^a conversation has \\d+ tokens and a row 8: raise row_tokens") as raised:
         stage.train(tmp_path / "sft", one_device())
     assert "\n" not in str(raised.value) and "?" in str(raised.value)
 

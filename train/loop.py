@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,10 @@ def run(
 
 
 def _write(log: Log, waiting: list[_Line]) -> None:
-    """Write the lines that wait, once."""
+    """Write the lines that wait, once; the time until their numbers are there is their step's training."""
     while waiting:
-        log.write(*waiting.pop(0))
+        step, values, seconds = waiting.pop(0)
+        begin = time.perf_counter()
+        jax.block_until_ready(values)
+        seconds["train"] = round(seconds.get("train", 0.0) + time.perf_counter() - begin, 4)
+        log.write(step, values, seconds)

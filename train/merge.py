@@ -54,7 +54,11 @@ class _Merging:
         checkpoint.save_model(out / "model", checkpoint.Model(config, params, checkpoint.open_tokenizer(paths[0])))
 
     def _compiled(self, name: str, where: Any) -> Any:
-        return jax.jit(functools.partial(self._leaf, name), out_shardings=where)
+        return _jitted(self, self._alike(name), where)
+
+    def _alike(self, name: str) -> str:
+        """What parameters that are merged by the same program have in common: being stacked, or not."""
+        return "layers." if name.startswith("layers.") else ""
 
     def _leaf(self, name: str, tensors: Sequence[jax.Array]) -> jax.Array:
         """A stacked parameter is merged layer by layer, others whole."""
@@ -73,6 +77,11 @@ class _Merging:
     def result(self) -> ModelConfig:
         """The shape of the model that the stage makes."""
         return checkpoint.open_config(self.sources()[0])
+
+
+@functools.cache
+def _jitted(merging: _Merging, name: str, where: Any) -> Any:
+    return jax.jit(functools.partial(merging._leaf, name), out_shardings=where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +170,9 @@ class Dare(_Merging):
     def sources(self) -> tuple[str, ...]:
         """See `_Merging`."""
         return (*self.models, self.base)
+
+    def _alike(self, name: str) -> str:
+        return name  # its noise depends on it
 
     def _leaf(self, name: str, tensors: Sequence[jax.Array]) -> jax.Array:
         return self.tensor(name, tensors)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..data import chat
@@ -113,14 +112,17 @@ def group(rollouts: Sequence[Rollout], **fields: Sequence[float] | Sequence[np.n
     return Group(prompt=rollouts[0].prompt, answers=answers)
 
 
+_centered = jax.jit(advantage.group_centered)
+
+
 def micro_batches(
     groups: Sequence[Sequence[Rollout]], compute: Compute, mesh: jax.sharding.Mesh
 ) -> list[dict[str, jax.Array]]:
     """The groups packed, each prompt once, with the sampler's log-probs and the group-centred advantages."""
-    rewards = jnp.asarray([[r.reward for r in one] for one in groups], jnp.float32)
-    advantages = np.asarray(advantage.group_centered(rewards))
+    # A group at a time: their number changes from step to step, and a program is compiled for each shape.
+    advantages = [_centered(np.array([[r.reward for r in one]], np.float32))[0] for one in groups]
     packed = pack_groups(
-        [group(one, advantage=values) for one, values in zip(groups, advantages, strict=True)],
+        [group(one, advantage=np.asarray(values)) for one, values in zip(groups, advantages, strict=True)],
         length=compute.row_tokens,
         fields=("advantage", "behavior_logp"),
     )

@@ -37,37 +37,37 @@ def _tiny_start(train: Sequence[TaskSource]) -> SFT:
     return SFT(
         start="tiny",
         data=Demonstrations(tasks=tasks),
-        steps=110,
-        batch_size=48,
+        steps=90,
+        batch_size=24,
         optimizer=AdamW(learning_rate=2e-3, warmup_steps=10),
-        compute=TINY_COMPUTE,
+        compute=dataclasses.replace(TINY_COMPUTE, micro_rows=3),
     )
 
 
-TINY_COMPUTE = Compute(row_tokens=200, micro_rows=4, slots=96, save_every=50)
+TINY_COMPUTE = Compute(row_tokens=208, micro_rows=2, slots=128, save_every=50)
 TINY_RL = {
-    "steps": 40,
+    "steps": 24,
     "prompts": 16,
     "group": 8,
     "rounds": 1,
     "sampling": Sampling(max_tokens=8),
-    "optimizer": AdamW(learning_rate=3e-4),
+    "optimizer": AdamW(learning_rate=8e-4),
     "compute": TINY_COMPUTE,
 }
 TINY_DISTILL = {
-    "steps": 60,
-    "prompts": 48,
-    "samples": 2,
+    "steps": 32,
+    "prompts": 16,
+    "samples": 8,
     "sampling": Sampling(max_tokens=8),
-    "optimizer": AdamW(learning_rate=8e-4, schedule="linear", warmup_steps=5),
-    "compute": dataclasses.replace(TINY_COMPUTE, row_tokens=168),
+    "optimizer": AdamW(learning_rate=6e-4, schedule="linear", warmup_steps=5),
+    "compute": TINY_COMPUTE,
 }
 TINY = Scale(
-    domains=tuple(Characters(operation=name) for name in ("reverse", "sort", "rotate")),
+    domains=tuple(Characters(operation=name) for name in ("reverse", "rotate", "double")),
     start=_tiny_start,
     rl=TINY_RL,
     distill={"full": TINY_DISTILL, "sampled": TINY_DISTILL},
-    evaluate={"limit": 96, "sampling": Sampling(max_tokens=8, temperature=0.0), "compute": TINY_COMPUTE},
+    evaluate={"limit": 128, "sampling": Sampling(max_tokens=8, temperature=0.0), "compute": TINY_COMPUTE},
     ties={"density": 0.5},
 )
 
