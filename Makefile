@@ -29,8 +29,8 @@ setup: .venv/.ready ## create .venv with the pinned requirements and the posttra
 	@mkdir -p .venv/typing && ln -sfn "$(CURDIR)" .venv/typing/posttrain
 	@touch $@
 
-test: setup ## run the tests
-	$(BIN)/pytest
+test: setup ## run the tests, a file at a time on each of two processes
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: setup ## check style, format and types
 	$(BIN)/ruff check

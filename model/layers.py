@@ -46,12 +46,14 @@ def rms_norm(x: Float[Array, "B T D"], scale: Float[Array, " D"], eps: float) ->
 class Where(NamedTuple):
     """What every layer must know of the tokens at hand: positions, the rotary angles of them, who sees whom.
 
-    That is a mask, or, for the kernel that makes its own, the segments of packed rows.
+    That is a mask, or, for the kernel that makes its own, the segments of packed rows. Keys and values are those of the
+    tokens themselves, or with `cached` all that the cache holds.
     """
 
     positions: Int[Array, "B T"]
     angles: tuple[Float[Array, "B T K2"], Float[Array, "B T K2"]]
     seen: Bool[Array, "B T S"] | Int[Array, "B T"]
+    cached: bool
 
 
 class Attention(nn.Module):
@@ -72,11 +74,11 @@ class Attention(nn.Module):
         query = rope.rotate(self._project(x, "q", c.num_heads), cos, sin)
         key = rope.rotate(self._project(x, "k", c.num_kv_heads), cos, sin)
         value = self._project(x, "v", c.num_kv_heads)
-        if cache is None:
-            keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        else:
+        keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        if cache is not None:
             cache = write(cache, layer, where.positions, (key, value))
-            keys, values = read(cache, layer)
+            if where.cached:
+                keys, values = read(cache, layer)
         if where.seen.ndim == 3:
             out = attention.attend(query, keys, values, where.seen)
         else:

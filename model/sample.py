@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ..sharding import mesh as meshes
+from . import attention, processing, transformer
 from . import cache as caches
-from . import processing, transformer
 from .config import ModelConfig
 from .processing import Sampling
 
@@ -214,7 +214,7 @@ class _Engine:
         self.capacity = bucket(sampling.max_tokens)
         self.length = bucket(max(map(len, prompts), default=1) + self.capacity, minimum=MIN_LENGTH)
         self.params = params
-        self.decoder = _unstack(config, params) if jax.default_backend() == "cpu" else params
+        self.decoder = _unstack(config, params) if meshes.platform() == "cpu" else params
         pieces = [range(i, min(i + self.group, num_samples)) for i in range(0, num_samples, self.group)]
         self.waiting = [_Unit(p, piece) for p in range(len(prompts)) for piece in pieces][::-1]
         self.holds: list[tuple[int, int] | None] = [None] * self.num_slots
@@ -332,7 +332,8 @@ def _admit(
     group = slots.shape[1]
     fresh = caches.empty(config, count, width)
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
-    hidden, fresh = transformer.apply(config, params, prompts, positions=positions, cache=fresh)
+    segments = jnp.where(positions < lengths[:, None], attention.BRANCHES, 0)
+    hidden, fresh = transformer.apply(config, params, prompts, positions=positions, segments=segments, cache=fresh)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     scores = jnp.repeat(transformer.logits(config, params, last)[:, 0], group, axis=0)
     slots, rows = slots.reshape(-1), rows.reshape(-1)

@@ -28,7 +28,7 @@ def init(config: ModelConfig, key: Array) -> Params:
     """Random float32 parameters, normal with the config's standard deviation."""
     ends_key, layers_key = jax.random.split(key)
     one = jnp.zeros((1, 1), jnp.int32)
-    where = Where(one, rope.angles(config, one), jnp.ones((1, 1, 1), bool))
+    where = Where(one, rope.angles(config, one), jnp.ones((1, 1, 1), bool), cached=False)
     x = jnp.zeros((1, 1, config.embed_dim), config.dtype)
 
     def layer(key: Array) -> Params:
@@ -80,21 +80,21 @@ def apply(
         params: as `init` makes them.
         tokens: input ids.
         positions: rotary positions; with a cache also the slots that the tokens take.
-        segments: who attends to whom (see `attention.segment_mask`); needed without a cache, unused with one.
-        cache: keys and values of earlier positions; queries see the slots up to their own position.
+        segments: who attends to whom among these tokens (see `attention.segment_mask`).
+        cache: where their keys and values are put. Without `segments`, queries see its slots up to their own position.
 
     Returns:
         Hidden states after the last norm in the compute type, and the updated cache (None if none was given).
     """
-    if cache is not None:
-        seen = attention.cache_mask(positions, cache.slots)
-    elif segments is not None:
+    if segments is not None:
         seen = segments if meshes.platform() == "tpu" else attention.segment_mask(segments)
+    elif cache is not None:
+        seen = attention.cache_mask(positions, cache.slots)
     else:
         raise ValueError("apply needs `segments` (training) or `cache` (decoding) to know who attends to whom")
     ends = {name: value for name, value in params.items() if name != "layers"}
     x = _run(Ends(config), ends, tokens, method="embed")
-    where = Where(positions, rope.angles(config, positions), seen)
+    where = Where(positions, rope.angles(config, positions), seen, cached=segments is None)
     x, cache = _layers(config, params["layers"], (x, cache), where)
     return _run(Ends(config), ends, x, method="norm"), cache
 
