@@ -263,11 +263,11 @@ class _Engine:
 
     def _collect(self, state: _Slots) -> int:
         """Take finished answers out of their slots; returns how many."""
-        active, count, token = (np.asarray(x) for x in (state.active, state.count, state.token))
+        active, count, token = (meshes.to_host(x) for x in (state.active, state.count, state.token))
         done = [slot for slot, held in enumerate(self.holds) if held is not None and not active[slot]]
         if not done:
             return 0
-        tokens, logp, kept = (np.asarray(x) for x in (state.tokens, state.logp, state.kept))
+        tokens, logp, kept = (meshes.to_host(x) for x in (state.tokens, state.logp, state.kept))
         for slot in done:
             prompt, sample = self.holds[slot]  # pyright: ignore[reportGeneralTypeIssues]
             n = int(count[slot])
