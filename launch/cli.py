@@ -1,4 +1,4 @@
-"""The command line: `posttrain run|plan|eval|chat|merge|convert|report`.
+"""The command line: `posttrain run|plan|eval|chat|merge|convert|report|sandbox`.
 
 Commands import what they need when they are called: JAX takes seconds to import, `--help` should not.
 """
@@ -73,6 +73,14 @@ The Hugging Face folder loads with transformers' AutoModelForCausalLM and AutoTo
 
   posttrain convert runs/demo/mopd-full --out student-hf --dtype bfloat16
   posttrain convert smollm2 --out smollm2 --format posttrain"""
+
+SANDBOX = """How well this machine walls off model-written code: the level it reaches, and what attacks it withstands.
+
+Every attack is tried for real, under small limits, which takes some seconds: files, network, credentials, fork bomb,
+memory, disk, processes that live on, forged verdicts. Exit code 0 where the level that the machine reaches holds.
+
+  posttrain sandbox
+  posttrain sandbox --level landlock"""
 
 Model = Positional[Annotated[str, arg(metavar="MODEL")]]
 Models = Positional[Annotated[tuple[str, ...], arg(metavar="MODEL MODEL ...")]]
@@ -241,6 +249,17 @@ def report(out: Positional[Annotated[Path, arg(metavar="OUT")]], /) -> None:
     report.main(out)
 
 
+def sandbox(level: Literal["plain", "landlock", "bubblewrap"] | None = None) -> None:
+    """How well this machine walls off model-written code.
+
+    Args:
+        level: Try a lower level than the machine reaches.
+    """
+    from .commands import sandbox
+
+    sandbox.main(level)
+
+
 def recipes() -> dict[str, str]:
     """Names of the recipes and what each is; read from their files, as importing them imports JAX."""
     found = {}
@@ -268,6 +287,7 @@ def build(words: Sequence[str]) -> SubcommandApp:
         "merge": (merges, MERGE),
         "convert": (convert, CONVERT),
         "report": (report, report.__doc__ or ""),
+        "sandbox": (sandbox, SANDBOX),
     }
     for name, (target, text) in commands.items():
         app.command(target, name=name, help=text if words[:1] == [name] else text.partition("\n")[0])
