@@ -55,7 +55,12 @@ TASKS are questions.jsonl (lines of {"prompt": ..., "answer": ...}), arithmetic,
 instructions:capitals, characters:sort or reasoning-gym:spell_backward.
 
   posttrain eval smollm2 --tasks arithmetic --tasks instructions:capitals --limit 32
-  posttrain eval runs/demo/mopd-full --tasks questions.jsonl --verifier text --out runs/questions"""
+  posttrain eval runs/demo/mopd-full --tasks questions.jsonl --verifier text --out runs/questions
+  posttrain eval smollm2 --tasks humaneval.jsonl --verifier unit-tests --max-tokens 512
+
+Verifiers other than number, formula, text and choice read more fields of a line: "tests" (code: a list of {"input",
+"output"}; unit-tests: a list of assertions), "database" or "databases" (sql), "schema" (json-schema),
+"instruction_id_list" and "kwargs" (ifeval). Code runs in a sandbox: see `posttrain sandbox`."""
 
 CHAT = """Talk to a model: a message per line, /reset begins anew, Ctrl-D leaves.
 
@@ -86,6 +91,10 @@ Model = Positional[Annotated[str, arg(metavar="MODEL")]]
 Models = Positional[Annotated[tuple[str, ...], arg(metavar="MODEL MODEL ...")]]
 Out = Annotated[Path, arg(metavar="DIR", help="Folder to write.")]
 Base = Annotated[str, arg(metavar="MODEL", help="What the models were fine-tuned from.")]
+Verifier = Literal[  # as in `tasks`, which takes longer to import than --help should
+    "number", "formula", "text", "choice", "code", "unit-tests", "sql", "json-schema", "tool-calls", "ifeval",
+    "citations",
+]  # fmt: skip
 Weights = Annotated[tuple[float, ...], arg(help="One number per model; equal unless given.")]
 
 merges = SubcommandApp()
@@ -99,7 +108,7 @@ def evaluate(
     out: Annotated[Path | None, arg(metavar="DIR")] = None,
     limit: int = 64,
     held_out: float | None = None,
-    verifier: Literal["number", "text", "choice"] = "number",
+    verifier: Verifier = "number",
     max_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
@@ -332,6 +341,7 @@ def _hush_libtpu() -> None:
 
 def _explain(error: BaseException, words: Sequence[str]) -> int:
     """Say on stderr what happened; the exit code. Errors that no input explains are raised again."""
+    from ..data.sandbox.level import SandboxError
     from ..train.checkpoint import CheckpointError
     from ..train.loop import Interrupted
 
@@ -341,7 +351,7 @@ def _explain(error: BaseException, words: Sequence[str]) -> int:
         again = shlex.join(["posttrain", *words])
         print(f"posttrain: stopped; what was done is saved. To go on, run the same again: {again}", file=sys.stderr)
         return RUN_AGAIN
-    if isinstance(error, ValueError | OSError | ImportError | CheckpointError):
+    if isinstance(error, ValueError | OSError | ImportError | CheckpointError | SandboxError):
         print(f"posttrain: {_sentence(error)}", file=sys.stderr)
         return WRONG_USAGE
     raise error

@@ -67,7 +67,10 @@ def _cases(spec: dict[str, Any], status: int) -> Iterable[dict[str, Any]]:
         if frame["kind"] != "exited" or frame["code"] != 0:
             return
     for text in spec["inputs"]:
-        yield _run(spec, status, text, lambda: _execute(spec["run"]) if spec["run"] else _python(spec, "__main__"))
+        frame = _run(spec, status, text, lambda: _execute(spec["run"]) if spec["run"] else _python(spec, "__main__"))
+        yield frame
+        if spec["until_failure"] and (frame["kind"] != "exited" or frame["code"] != 0):
+            return
 
 
 def _run(spec: dict[str, Any], status: int, text: str, program: Callable[[], object]) -> dict[str, Any]:

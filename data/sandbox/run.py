@@ -71,7 +71,7 @@ class Outcome:
     def describe(self) -> str:
         """What happened, in a few words."""
         if self.kind != "exited":
-            ends = {"timeout": "ran out of time", "lost": "ended its sandbox", "processes": "started too many processes"}
+            ends = {"timeout": "ran out of time", "lost": "ended its sandbox", "processes": "started too many others"}
             return ends.get(self.kind, f"used too much {self.kind}")
         last = self.stderr.strip().splitlines()[-1:] if self.code else []
         return f"exit code {self.code}{': ' if last else ''}{''.join(last)[:200]}"
@@ -97,17 +97,20 @@ class Sandbox:
         if self.level is not None and self.level < self.required:
             raise ValueError(f"level {self.level.name} was asked for, and {self.required.name} is required")
 
-    def run(self, program: Program, inputs: Sequence[str] = ("",)) -> list[Outcome]:
+    def run(self, program: Program, inputs: Sequence[str] = ("",), *, until_failure: bool = False) -> list[Outcome]:
         """Run a program on each input in turn, in a new process each time: an outcome each.
 
-        Where the program cannot be built, every outcome is that of the build.
+        Where the program cannot be built, every outcome is that of the build. With `until_failure` the first outcome
+        that is no success is the last.
         """
-        frames, lost = self._start(program, inputs, None)
+        frames, lost = self._start(program, inputs, None, until_failure=until_failure)
         outcomes = [Outcome(**frame) for frame in frames]
         if program.build and outcomes:
             built, *outcomes = outcomes
             if not built.succeeded:
                 return [built] * len(inputs)
+        if until_failure and outcomes and not outcomes[-1].succeeded:
+            return outcomes
         return (outcomes + [lost] * len(inputs))[: len(inputs)]
 
     def test(
@@ -130,7 +133,7 @@ class Sandbox:
         return failures[: len(tests)], outcome
 
     def _start(
-        self, program: Program, inputs: Sequence[str], tests: dict | None
+        self, program: Program, inputs: Sequence[str], tests: dict | None, *, until_failure: bool = False
     ) -> tuple[list[dict[str, Any]], Outcome]:
         """The frames that came, and the outcome for those that did not."""
         level = machine().level if self.level is None else self.level
@@ -140,7 +143,8 @@ class Sandbox:
         num_runs = len(inputs) + bool(program.build) + bool(tests)
         with _workdir(level, users[0]) as workdir, tempfile.TemporaryFile() as errors:
             spec = self._spec(program, level, workdir) | {
-                "inputs": list(inputs), "tests": bool(tests), "user": users[0], "tests_user": users[1]
+                "inputs": list(inputs), "until_failure": until_failure, "tests": bool(tests),
+                "user": users[0], "tests_user": users[1],
             }  # fmt: skip
             seconds = START_SECONDS + num_runs * (self.limits.seconds + 2)
             most = num_runs * 16 * (self.limits.output + 65536)
