@@ -12,6 +12,7 @@ from .guard import refusal
 Verifier = Callable[[Task, str], Verdict]
 _QUOTED = re.compile(r"[\"\u201c]([^\"\u201c\u201d]+)[\"\u201d][.,;:]?\s*\[([\w.-]+)\]")
 _CITED = re.compile(r"\[([\w.-]+)\]")
+_NOT_PROSE = re.compile(rf"```.*?```|`[^`\n]*`|\$[^$\n]*\$|{OPEN}|{CLOSE}", re.DOTALL)
 MIN_QUOTE = 12  # characters; a shorter quotation occurs anywhere
 
 
@@ -60,7 +61,7 @@ class InLanguage:
         refused = refusal(task, response)
         if refused:
             return refused
-        text = response.replace(OPEN, " ").replace(CLOSE, " ")
+        text = _NOT_PROSE.sub(" ", response)
         found = language(text)
         if found != self.code:
             return Verdict(0.0, f"its language is {found or 'not clear'}, not {self.code}")
