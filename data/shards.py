@@ -9,18 +9,20 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow
+from array_record.python.array_record_module import ArrayRecordWriter
 from pyarrow import parquet
 
-from . import card, source
+from . import card, chat, source
 from .filters.funnel import Dropped, Filter, Funnel, describe
 from .pairs import Pair
 from .row import Provenance, Row, text_of
 from .source import Record
 from .task import Message
 
+Format = Literal["parquet", "array_record"]
 _TEXT = pyarrow.string()
 _CALL = pyarrow.struct({"id": _TEXT, "type": _TEXT, "function": pyarrow.struct({"name": _TEXT, "arguments": _TEXT})})
 _MESSAGE = pyarrow.struct(
@@ -75,11 +77,13 @@ def write_rows(
     *,
     title: str,
     rows_per_shard: int = 10_000,
+    format: Format = "parquet",
 ) -> Path:
     """Write what a funnel kept to rows-*.parquet, what it dropped to dropped-*.parquet, a data card and a manifest.
 
-    The folder appears whole or not at all. Raises FileExistsError if it is there, ValueError for a row that the format
-    cannot hold.
+    With the format "array_record" the shards are rows-*.array_record, each record the JSON of what a row of Parquet
+    holds, which grain reads at any index. The folder appears whole or not at all. Raises FileExistsError if it is
+    there, ValueError for a row that the format cannot hold.
     """
     settings = describe(tuple(filters))
     files = {
@@ -87,7 +91,7 @@ def write_rows(
         "dropped": (DROPPED, map(_dropped_record, found.dropped), len(found.dropped)),
     }
     manifest = {"title": title, "filters": settings, "steps": [step._asdict() for step in found.steps]}
-    return _write(Path(folder), files, manifest, card.of_rows(title, found, settings), rows_per_shard)
+    return _write(Path(folder), files, manifest, card.of_rows(title, found, settings, format), rows_per_shard, format)
 
 
 def write_pairs(
@@ -99,7 +103,7 @@ def write_pairs(
     """
     ordered = sorted(pairs, key=lambda pair: pair.id)
     files = {"pairs": (PAIRS, map(_pair_record, ordered), len(ordered))}
-    return _write(Path(folder), files, {"title": title}, card.of_pairs(title, ordered), rows_per_shard)
+    return _write(Path(folder), files, {"title": title}, card.of_pairs(title, ordered), rows_per_shard, "parquet")
 
 
 def paths(folder: str | os.PathLike[str], kind: str = "rows") -> tuple[str, ...]:
@@ -119,6 +123,22 @@ def paths(folder: str | os.PathLike[str], kind: str = "rows") -> tuple[str, ...]
         if not file.is_file() or _sha256(file) != files[name]["sha256"]:
             raise ValueError(f"{file} is missing or not what was written (its checksum differs); write the data again")
     return tuple(str(Path(folder) / name) for name in chosen)
+
+
+def rows_folder(stage: str | os.PathLike[str]) -> Path:
+    """The shards' folder that a stage's folder stands for: its `rows`, or the folder itself."""
+    inside = Path(stage) / "rows"
+    return inside if inside.is_dir() else Path(stage)
+
+
+def read_rows(stage: str | os.PathLike[str], kind: str = "rows") -> list[Row]:
+    """All rows of a folder that `write_rows` made, or of a stage's; none where there are none."""
+    files = paths(rows_folder(stage), kind)
+    manifest = json.loads((Path(files[0]).parent / "manifest.json").read_text(encoding="utf-8"))["files"]
+    if not sum(manifest[Path(file).name]["rows"] for file in files):
+        return []
+    records = source.read(*files, parse=row)
+    return [records[index] for index in range(len(records))]
 
 
 def row(record: Record) -> Row:
@@ -147,10 +167,14 @@ def row(record: Record) -> Row:
     )
 
 
-def conversation(record: Record) -> tuple[Message, ...]:
-    """The messages of a record of rows: as `source.conversation`, with arguments of tool calls as they were given."""
+def conversation(record: Record) -> chat.Conversation:
+    """The messages of a record of rows, with the tools that were offered.
+
+    Unlike `source.conversation`'s, arguments of tool calls are as they were given.
+    """
     found = row(record)
-    return (*found.prompt, *found.response)
+    messages = (*found.prompt, *found.response)
+    return chat.WithTools(messages, found.tools) if found.tools else messages
 
 
 def preference(record: Record) -> source.Preference:
@@ -233,6 +257,7 @@ def _write(
     manifest: Mapping[str, Any],
     readme: str,
     rows_per_shard: int,
+    format: Format,
 ) -> Path:
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard is {rows_per_shard}; give at least 1")
@@ -246,8 +271,12 @@ def _write(
         shards = max(1, -(-total // rows_per_shard))
         for shard in range(shards):
             rows = [record for _, record in zip(range(rows_per_shard), records, strict=False)]
-            file = partial / f"{kind}-{shard:05d}-of-{shards:05d}.parquet"
-            parquet.write_table(pyarrow.Table.from_pylist(rows, schema), file, compression="zstd")
+            file = partial / f"{kind}-{shard:05d}-of-{shards:05d}.{format}"
+            table = pyarrow.Table.from_pylist(rows, schema)
+            if format == "parquet":
+                parquet.write_table(table, file, compression="zstd")
+            else:
+                _write_array_record(file, table)
             _to_disk(file)
             written[file.name] = {"rows": len(rows), "bytes": file.stat().st_size, "sha256": _sha256(file)}
     _write_text(partial / "manifest.json", json.dumps({**manifest, "files": written}, indent=1, ensure_ascii=False))
@@ -256,6 +285,14 @@ def _write(
     partial.rename(folder)
     _to_disk(folder.parent)
     return folder
+
+
+def _write_array_record(file: Path, table: pyarrow.Table) -> None:
+    """The rows of a table, each as JSON, in records that can be read one by one."""
+    writer = ArrayRecordWriter(str(file), "group_size:1")
+    for record in table.to_pylist():
+        writer.write(_json(record).encode())
+    writer.close()
 
 
 def _write_text(file: Path, text: str) -> None:

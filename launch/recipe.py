@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -61,7 +62,7 @@ class Training:
         check_stop()
         stage = shrunk(stage) if self.smoke else stage
         folder = self.out / name
-        self._remember(folder, stage)
+        remember(folder, stage, self.out)
         if not (folder / "DONE").exists():
             with _attempt(folder):
                 stage.train(folder, self.mesh)
@@ -70,21 +71,27 @@ class Training:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return str(folder)
 
-    def _remember(self, folder: Path, stage: Stage) -> None:
-        now = relative(settings(stage), self.out)
-        path = folder / "stage.json"
-        if path.exists():
-            changes = differences(json.loads(path.read_text()), now)
-            if changes:
-                raise SettingsChangedError(
-                    f"{folder} was started with other settings ({'; '.join(changes)}): "
-                    "give another --out, restore the settings, or delete that folder"
-                )
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(now, indent=2) + "\n")
-        partial.rename(path)
+
+def remember(folder: Path, stage: Stage, out: Path) -> None:
+    """Write the settings of a stage to `folder`/stage.json, or compare them with those that are there.
+
+    Raises:
+        SettingsChangedError: if they differ.
+    """
+    now = relative(settings(stage), out)
+    path = folder / "stage.json"
+    if path.exists():
+        changes = differences(json.loads(path.read_text()), now)
+        if changes:
+            raise SettingsChangedError(
+                f"{folder} was started with other settings ({'; '.join(changes)}): "
+                "give another --out, restore the settings, or delete that folder"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(now, indent=2) + "\n")
+    partial.rename(path)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 from rows import PROVENANCE, make_row
 
-from posttrain.data import card, pairs, shards, source, variants
+from posttrain.data import card, chat, pairs, shards, source, variants
 from posttrain.data.filters import funnel, outcome
 from posttrain.data.row import thought
 
@@ -81,7 +81,8 @@ def test_shards_are_conversations_to_train_on(tmp_path):
     plain = source.read(*paths)
     assert plain[0] == (*make_row("It is 0.", "0 + 0?").prompt, {"role": "assistant", "content": "It is 0."})
     exact = source.read(*paths, parse=shards.conversation)
-    assert exact[len(exact) - 1] == (*AGENT.prompt, *AGENT.response)
+    assert exact[0] == plain[0]
+    assert exact[len(exact) - 1] == chat.WithTools((*AGENT.prompt, *AGENT.response), TOOLS)
 
 
 def test_the_same_rows_make_the_same_bytes_in_whatever_order_they_come(tmp_path):

@@ -19,10 +19,13 @@ from posttrain.data.conversations import Demonstrations, Files
 from posttrain.model.processing import Sampling
 from posttrain.sharding import mesh as meshes
 from posttrain.train import checkpoint, distill, evaluate, metrics, rl, sft, state
+from posttrain.train.answers import Local
 from posttrain.train.compute import Compute
 from posttrain.train.convert import Convert
+from posttrain.train.curate import BestAndWorst, Curate, Pair
 from posttrain.train.distill import Distill, FullVocabulary, SampledToken
 from posttrain.train.evaluate import Evaluate, wilson
+from posttrain.train.generate import Generate
 from posttrain.train.merge import Dare, Linear, Slerp, TaskArithmetic, Ties
 from posttrain.train.optimizer import AdamW
 from posttrain.train.rl import RL, Objective
@@ -45,7 +48,12 @@ STAGES = [
     TaskArithmetic(**PAIR, base="tiny"),
     Ties(**PAIR, base="tiny"),
     Dare(**PAIR, base="tiny"),
+    Generate(prompts=(TASKS,), teachers={"*": Local(model="tiny")}, sampling=SAMPLING, compute=COMPUTE),
+    Curate(rows=("generated",), filters=()),
+    Pair(rows=("generated",), pairing=BestAndWorst()),
 ]
+HOST_ONLY = (Convert, Curate, Pair)
+MAKE_NO_MODEL = (Evaluate, Generate, Curate, Pair)
 
 
 def one_device():
@@ -56,7 +64,7 @@ def one_device():
 def test_planned_programs_lower_on_eight_devices(stage):
     mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
     planned = stage.programs(mesh)
-    assert bool(planned) != isinstance(stage, Convert)
+    assert bool(planned) != isinstance(stage, HOST_ONLY)
     with jax.set_mesh(mesh):
         for name, program in planned.items():
             assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(program.arguments)), name
@@ -65,7 +73,7 @@ def test_planned_programs_lower_on_eight_devices(stage):
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: type(stage).__name__)
 def test_a_stage_says_which_model_it_makes(stage):
-    assert stage.result() == (None if isinstance(stage, Evaluate) else checkpoint.open_config("tiny"))
+    assert stage.result() == (None if isinstance(stage, MAKE_NO_MODEL) else checkpoint.open_config("tiny"))
 
 
 def test_the_calls_of_a_stage_follow_from_its_settings():
