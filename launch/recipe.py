@@ -115,9 +115,13 @@ SMOKE = {"steps": 2, "limit": 4}
 
 
 def shrunk(stage: Any) -> Any:
-    """The stage with few steps and items, to see a recipe run from end to end."""
+    """The stage with few steps and items, to see a recipe run from end to end.
+
+    Filters are left out: of the answers of a model that has learned nothing they would leave nothing.
+    """
     fields = {field.name for field in dataclasses.fields(stage)}
-    return dataclasses.replace(stage, **{k: min(v, getattr(stage, k)) for k, v in SMOKE.items() if k in fields})
+    smaller: dict[str, Any] = {k: min(v, getattr(stage, k)) for k, v in SMOKE.items() if k in fields}
+    return dataclasses.replace(stage, **smaller, **({"filters": ()} if "filters" in fields else {}))
 
 
 def settings(value: Any) -> Any:

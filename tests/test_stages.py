@@ -24,7 +24,7 @@ from posttrain.train.compute import Compute
 from posttrain.train.convert import Convert
 from posttrain.train.curate import BestAndWorst, Curate, Pair
 from posttrain.train.distill import Distill, FullVocabulary, SampledToken
-from posttrain.train.evaluate import Evaluate, wilson
+from posttrain.train.evaluate import Evaluate, OverSeeds, Score, over_seeds, wilson
 from posttrain.train.generate import Generate
 from posttrain.train.merge import Dare, Linear, Slerp, TaskArithmetic, Ties
 from posttrain.train.optimizer import AdamW
@@ -51,9 +51,10 @@ STAGES = [
     Generate(prompts=(TASKS,), teachers={"*": Local(model="tiny")}, sampling=SAMPLING, compute=COMPUTE),
     Curate(rows=("generated",), filters=()),
     Pair(rows=("generated",), pairing=BestAndWorst()),
+    OverSeeds(evaluations=("eval",)),
 ]
-HOST_ONLY = (Convert, Curate, Pair)
-MAKE_NO_MODEL = (Evaluate, Generate, Curate, Pair)
+HOST_ONLY = (Convert, Curate, Pair, OverSeeds)
+MAKE_NO_MODEL = (Evaluate, Generate, Curate, Pair, OverSeeds)
 
 
 def one_device():
@@ -214,3 +215,19 @@ def test_wilsons_interval_has_the_numbers_worked_out_by_hand():
     np.testing.assert_allclose(wilson([0.0] * 4)[:3], (0.0, 0.0, 1.959964**2 / (4 + 1.959964**2)), atol=1e-12)
     wide, narrow = wilson([1.0, 0.0]), wilson([1.0, 0.0] * 500)
     assert wide.high - wide.low > 0.8 and narrow.high - narrow.low < 0.07
+
+
+def test_the_interval_over_seeds_is_students_worked_out_by_hand(tmp_path):
+    # Means 0.5, 0.6, 0.7: standard deviation 0.1, half = 4.3027 x 0.1 / sqrt(3).
+    found = over_seeds([Score(mean, 0.0, 1.0, 10) for mean in (0.5, 0.6, 0.7)])
+    np.testing.assert_allclose(found, (0.6, 0.6 - 0.24842, 0.6 + 0.24842, 30), atol=1e-4)
+    assert over_seeds([Score(1.0, 0.9, 1.0, 5)] * 2) == (1.0, 1.0, 1.0, 10)
+    assert over_seeds([Score(0.4, 0.3, 0.5, 5)]) == Score(0.4, 0.3, 0.5, 5)
+    with pytest.raises(ValueError, match="over 1 to 10 seeds, not 11"):
+        over_seeds([Score(0.4, 0.3, 0.5, 5)] * 11)
+    for name, mean in (("a", 0.5), ("b", 0.7)):
+        (tmp_path / name).mkdir()
+        scores = {"sums": {"mean": mean, "low": 0, "high": 1, "n": 4}}
+        (tmp_path / name / "scores.json").write_text(json.dumps(scores))
+    OverSeeds(evaluations=(str(tmp_path / "a"), str(tmp_path / "b"))).train(tmp_path)
+    assert evaluate.read(tmp_path)["sums"].mean == pytest.approx(0.6)
