@@ -1,11 +1,12 @@
 """Conversations to learn from, as settings: files, generated rows, tasks with gold answers, mixtures of these."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from . import mixture, shards, source
+from . import mixture, shards, source, variants
 from .chat import Conversation
+from .row import Row
 from .shuffle import Indexable
 from .task import TaskSource
 
@@ -42,8 +43,29 @@ class Rows:
 
     def open(self) -> Indexable[Conversation]:
         """The rows as conversations, in order of folders and of ids."""
+        return self._read(lambda row: row)
+
+    def _read(self, variant: Callable[[Row], Row]) -> Indexable[Conversation]:
         files = [path for folder in self.folders for path in shards.paths(shards.rows_folder(folder))]
-        return source.read(*files, parse=shards.conversation)
+        return source.read(*files, parse=lambda record: shards.conversation(variant(shards.row(record))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutThinking(Rows):
+    """The same rows with the assistant's answers alone: see `variants.without_thinking`."""
+
+    def open(self) -> Indexable[Conversation]:
+        """The rows as conversations, in order of folders and of ids."""
+        return self._read(lambda row: variants.without_thinking(row, count_tokens=len))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmptyThinking(Rows):
+    """The same rows, told not to think, with an empty thinking: see `variants.with_empty_thinking`."""
+
+    def open(self) -> Indexable[Conversation]:
+        """The rows as conversations, in order of folders and of ids."""
+        return self._read(lambda row: variants.with_empty_thinking(row, count_tokens=len))
 
 
 @dataclass(frozen=True, kw_only=True)

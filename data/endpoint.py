@@ -133,8 +133,9 @@ class Client:
         body = json.dumps({**request, **self.endpoint.extra}).encode()
         begin, fault = time.monotonic(), ""
         for attempt in range(self.endpoint.attempts):
-            if attempt:
-                self._count(retries=1)
+            if self._closed.is_set():
+                raise EndpointError(f"{self.endpoint.url} is no longer asked")
+            self._count(retries=min(attempt, 1))
             pause = None
             try:
                 status, headers, text = self._post(body)
@@ -148,8 +149,6 @@ class Client:
                 raise
             except (OSError, http.client.HTTPException, ValueError) as error:
                 fault = f"gives no answer: {str(error) or type(error).__name__}"
-            if self._closed.is_set():
-                raise EndpointError(f"{self.endpoint.url} was no longer asked")
             if attempt + 1 < self.endpoint.attempts:
                 self._closed.wait(self._pause(attempt, pause))
         raise EndpointError(

@@ -167,12 +167,11 @@ def row(record: Record) -> Row:
     )
 
 
-def conversation(record: Record) -> chat.Conversation:
-    """The messages of a record of rows, with the tools that were offered.
+def conversation(found: Row) -> chat.Conversation:
+    """The messages of a row, with the tools that were offered.
 
-    Unlike `source.conversation`'s, arguments of tool calls are as they were given.
+    Unlike in `source.conversation` of its record, arguments of tool calls are as they were given.
     """
-    found = row(record)
     messages = (*found.prompt, *found.response)
     return chat.WithTools(messages, found.tools) if found.tools else messages
 

@@ -10,6 +10,7 @@ from pyarrow import parquet
 from rows import PROVENANCE, make_row
 
 from posttrain.data import card, chat, pairs, shards, source, variants
+from posttrain.data.conversations import EmptyThinking, Rows, WithoutThinking
 from posttrain.data.filters import funnel, outcome
 from posttrain.data.row import thought
 
@@ -80,7 +81,7 @@ def test_shards_are_conversations_to_train_on(tmp_path):
     paths = shards.paths(write(tmp_path / "sums"))
     plain = source.read(*paths)
     assert plain[0] == (*make_row("It is 0.", "0 + 0?").prompt, {"role": "assistant", "content": "It is 0."})
-    exact = source.read(*paths, parse=shards.conversation)
+    exact = Rows(folders=(str(Path(paths[0]).parent),)).open()
     assert exact[0] == plain[0]
     assert exact[len(exact) - 1] == chat.WithTools((*AGENT.prompt, *AGENT.response), TOOLS)
 
@@ -272,6 +273,15 @@ def test_a_row_that_is_told_not_to_think_has_an_empty_thinking():
     assert found.response[0]["content"] == "<think>\n\n</think>\n\nIt is 4."
     assert thought(found.response[0]).answer.strip() == "It is 4."
     assert found.id == "a/no_think"
+
+
+def test_one_set_of_rows_teaches_to_think_and_not_to(tmp_path):
+    folders = (str(write(tmp_path / "sums", [make_row("<think>two and two</think>\n\nIt is 4.")])),)
+    kinds = {kind: kind(folders=folders).open()[0] for kind in (Rows, WithoutThinking, EmptyThinking)}
+    assert [conversation[-1]["content"] for conversation in kinds.values()] == [
+        "<think>two and two</think>\n\nIt is 4.", "It is 4.", "<think>\n\n</think>\n\nIt is 4."
+    ]  # fmt: skip
+    assert kinds[EmptyThinking][0]["content"] == "What is 2 + 2? /no_think"
 
 
 def test_variants_of_rows_that_cannot_have_them_are_errors():

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import resource
+import signal
 from pathlib import Path
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 from chat_server import completion, serving
 from toy import Likes
 
-from posttrain.data import chat, conversations, mixture, shards, source, tokenizer
+from posttrain.data import chat, conversations, journal, mixture, shards, source, tokenizer
 from posttrain.data.characters import Characters
 from posttrain.data.conversations import Rows
 from posttrain.data.endpoint import Endpoint, EndpointError
@@ -148,6 +150,28 @@ def test_parts_that_share_the_work_make_what_one_process_makes(server, asked, ge
     assert data(out) == data(generated)
     with pytest.raises(ValueError, match="part 3 of 3: parts are numbered from 0 to 2"):
         remote(server).train(out, one_device(), part=3, parts=3)
+
+
+def test_a_full_disk_is_said_with_its_file_and_loses_nothing_that_was_written(server, asked, generated, tmp_path):
+    out = tmp_path / generated.name
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as raised:
+            remote(server).train(out, one_device())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert str(raised.value.filename).endswith("answers/000000.jsonl")
+    written = {
+        (line["task"], line["sample"]) for line in journal.read(Path(raised.value.filename)) if "message" in line
+    }
+    first = len(asked)
+    remote(server).train(out, one_device())
+    assert data(out) == data(generated)
+    seeds = {answers.request_seed(1, *key) for key in written}
+    assert written and not seeds & {request["seed"] for request in asked[first:]}
 
 
 def test_a_stop_keeps_what_was_answered(server, asked, tmp_path, monkeypatch):

@@ -129,9 +129,9 @@ class OverHttp:
             raise failure
 
     def _complete(self, task: Task, place: int, seed: int) -> Completion:
-        own = int(content_hash([seed, task.id, place])[:7], 16)  # 28 bits: servers take a C int
+        settings = {**self.settings, "seed": request_seed(seed, task.id, place)}
         try:
-            return self.client.complete(task.messages, settings={**self.settings, "seed": own}, tools=tools(task))
+            return self.client.complete(task.messages, settings=settings, tools=tools(task))
         except EndpointError as error:
             raise EndpointError(f"{error} (asked for task {task.id} of {task.domain})") from error
 
@@ -162,6 +162,11 @@ def judged_text(message: Message) -> str:
     calls = [call["function"] for call in message.get("tool_calls") or ()]
     lines = [f"<tool_call>{json.dumps(dict(call), ensure_ascii=False)}</tool_call>" for call in calls]
     return "\n".join([part for part in (thought(message).answer.strip(), *lines) if part])
+
+
+def request_seed(seed: int, task: str, place: int) -> int:
+    """The seed of one answer: 28 bits, as servers take a C int."""
+    return int(content_hash([seed, task, place])[:7], 16)
 
 
 def request_settings(sampling: Sampling) -> dict[str, Any]:
