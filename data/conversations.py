@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from . import mixture, shards, source, variants
+from . import columns, mixture, shards, source, variants
 from .chat import Conversation
 from .row import Row
 from .shuffle import Indexable
@@ -47,7 +47,7 @@ class Rows:
 
     def _read(self, variant: Callable[[Row], Row]) -> Indexable[Conversation]:
         files = [path for folder in self.folders for path in shards.paths(shards.rows_folder(folder))]
-        return source.read(*files, parse=lambda record: shards.conversation(variant(shards.row(record))))
+        return source.read(*files, parse=lambda record: columns.conversation(variant(columns.row(record))))
 
 
 @dataclass(frozen=True, kw_only=True)

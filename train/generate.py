@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from ..data import provenance, shards
+from ..data import columns, provenance, shards
 from ..data.endpoint import Client, Endpoint
 from ..data.filters.funnel import funnel
 from ..data.journal import Journal
@@ -128,6 +128,7 @@ class Generate:
                 task = source[index]
                 if not any(str(message.get("content") or "").strip() for message in task.messages):
                     raise ValueError(f"task {task.id} of {task.domain} has an empty prompt: remove it, or give it text")
+                columns.of_messages(task.messages)  # what no row can hold is said before anything is asked
                 if task.id not in seen:
                     seen.add(task.id)
                     places[self._teacher(task)].append((number, index))
