@@ -92,7 +92,12 @@ class Generate:
         folder = out / "answers"
         if not (out / "rows").exists():
             blocks = self._blocks()
-            self._answer(blocks[part::parts], folder, out if parts == 1 else out / f"part-{part}-of-{parts}", mesh)
+            waiting = [block for block in blocks[part::parts] if not block.complete(folder).exists()]
+            if waiting and not (out / "rows").exists():  # in this order: answers go once there are rows
+                log_folder = out if parts == 1 else out / f"part-{part}-of-{parts}"
+                done = len(blocks[part::parts]) - len(waiting)
+                with Log(log_folder, title=log_folder.name, total=done + len(waiting), start=done) as log:
+                    self._answer(waiting, folder, log, mesh, first=done + 1)
             if not all(block.complete(folder).exists() for block in blocks):
                 return  # other parts are still at work
             with _exclusive(out / ".writing"):
@@ -126,7 +131,8 @@ class Generate:
         for number, source in enumerate(self.prompts):
             for index in range(min(self.limit, len(source))):
                 task = source[index]
-                if not any(str(message.get("content") or "").strip() for message in task.messages):
+                asked = (message for message in task.messages if message["role"] != "system")
+                if not any(str(message.get("content") or "").strip() for message in asked):
                     raise ValueError(f"task {task.id} of {task.domain} has an empty prompt: remove it, or give it text")
                 columns.of_messages(task.messages)  # what no row can hold is said before anything is asked
                 if task.id not in seen:
@@ -148,21 +154,19 @@ class Generate:
             f"it, or for {ANY!r}"
         )
 
-    def _answer(self, blocks: Sequence[Block], folder: Path, log_folder: Path, mesh: Any) -> None:
-        """Complete the blocks that are not."""
-        waiting = [block for block in blocks if not block.complete(folder).exists()]
-        done = len(blocks) - len(waiting)
-        with (
-            VerifierPool(self.verifiers) as pool,
-            Log(log_folder, title=log_folder.name, total=len(blocks), start=done) as log,
-        ):
+    def _answer(
+        self, waiting: Sequence[Block], folder: Path, log: Log, mesh: jax.sharding.Mesh | None, *, first: int
+    ) -> None:
+        """Complete blocks, with each teacher opened once; `first` is the first block's step in the log."""
+        steps = itertools.count(first)
+        with VerifierPool(self.verifiers) as pool:
             mesh = mesh or meshes.make_mesh()
             sampler = Sampler(sampling=self.sampling, slots=self.compute.slots, mesh=mesh, pool=pool, log=log)
             for key, group in itertools.groupby(waiting, key=lambda block: block.teacher):
                 with self._open(key, sampler) as answer:
                     for block in group:
                         numbers = self._complete(block, folder, answer, sampler)
-                        log.write(done := done + 1, numbers)
+                        log.write(next(steps), numbers)
 
     @contextlib.contextmanager
     def _open(self, key: str, sampler: Sampler) -> Iterator[Answerer]:
