@@ -38,18 +38,19 @@ class Endpoint:
     `key_variable` is the *name* of the environment variable that holds the key, if the endpoint wants one; the key
     itself is never stored or shown, and is sent over https or within this machine only. `timeout` are the seconds for
     one answer, `attempts` how often it is asked for at most. Prices are per million tokens, in any currency. `extra`
-    are further fields of every request, such as {"chat_template_kwargs": {"enable_thinking": false}}.
+    are further fields of every request, such as {"chat_template_kwargs": {"enable_thinking": false}}. What does not
+    change the answers (where the model is served, how patiently it is asked) may change when a run goes on.
     """
 
-    url: str
+    url: str = field(compare=False)
     model: str
-    key_variable: str = ""
-    concurrency: int = 32
-    timeout: float = 600.0
-    attempts: int = 8
-    pause: float = 1.0
-    price_in: float = 0.0
-    price_out: float = 0.0
+    key_variable: str = field(default="", compare=False)
+    concurrency: int = field(default=32, compare=False)
+    timeout: float = field(default=600.0, compare=False)
+    attempts: int = field(default=8, compare=False)
+    pause: float = field(default=1.0, compare=False)
+    price_in: float = field(default=0.0, compare=False)
+    price_out: float = field(default=0.0, compare=False)
     extra: Mapping[str, Any] = field(default_factory=dict)
     licence: str = ""
 
@@ -74,8 +75,8 @@ class Endpoint:
         return self.model
 
     def identity(self, fingerprint: str) -> list[Any]:
-        """What its rows' ids are made of: not what it tells of its version, which may change while it is asked."""
-        return [self.url, self.model, dict(self.extra)]
+        """What its rows' ids are made of: not where it is served, nor its version, which may change meanwhile."""
+        return [self.model, dict(self.extra)]
 
     @property
     def host(self) -> str:

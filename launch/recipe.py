@@ -125,9 +125,13 @@ def shrunk(stage: Any) -> Any:
 
 
 def settings(value: Any) -> Any:
-    """Plain JSON of a stage: nested dataclasses become objects that name their class."""
+    """Plain JSON of a stage: nested dataclasses become objects that name their class.
+
+    Fields that a dataclass leaves out of comparisons (`compare=False`) may differ when a run goes on.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: settings(vars(value)[field.name]) for field in dataclasses.fields(value)}
+        compared = (field.name for field in dataclasses.fields(value) if field.compare)
+        fields = {name: settings(vars(value)[name]) for name in compared}
         return {"kind": type(value).__name__, **fields}
     if isinstance(value, Mapping):
         return {str(key): settings(item) for key, item in value.items()}

@@ -321,6 +321,7 @@ def test_generate_keeps_what_passes_and_the_same_command_asks_for_nothing_again(
         assert stdout.splitlines()[-1] == f"{len(kept)} rows are kept: {tmp_path / 'out' / 'kept' / 'rows'}"
         assert kept and {row.score for row in kept} == {1.0}
         assert posttrain(*words)[0] == 0 and len(server.requests) == 8 * 4
+        assert posttrain(*words, "--concurrency", "2", "--timeout", "5")[0] == 0
         code, _, stderr = posttrain(*words, "--seed", "7")
         assert code == 2 and "was started with other settings (seed: 0 -> 7)" in stderr
 
