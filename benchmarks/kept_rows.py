@@ -2,9 +2,9 @@
 
     python benchmarks/kept_rows.py --base tiny --out runs/kept-tiny
 
-A teacher answers each prompt several times. One arm learns from the rows that pass the filters of the `olmo3` recipe,
-at most two a prompt; the other from as many rows a prompt, the first ones sampled. Everything else is the same: start,
-steps, batch, learning rate, seeds. Scores are greedy answers to held-out prompts. Run again to go on.
+The start answers each prompt several times. One arm learns from the rows that pass the filters of the `olmo3` recipe,
+at most two a prompt; the other from the first two rows of each prompt, as they were sampled. Everything else is the
+same: start, steps, batch, learning rate, seeds. Scores are greedy answers to held-out prompts. Run again to go on.
 """
 
 import collections

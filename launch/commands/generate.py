@@ -14,7 +14,7 @@ from ...train import loop
 from ...train.answers import Local, Teacher
 from ...train.curate import Curate
 from ...train.generate import ANY, Generate
-from .. import lock
+from .. import funnels, lock, report
 from ..recipe import Training, remember
 from ..tasks import Verifier, source
 
@@ -68,9 +68,10 @@ def main(
         filters = (*FILTERS, outcome.Verified(passing=stage.passing), best)
         with lock.held(out / "kept"):
             kept = Training(out)("kept", Curate(rows=(str(folder),), filters=filters))
-    console.print(
-        f"{len(shards.read_rows(kept))} rows are kept: {Path(kept) / 'rows'}", soft_wrap=True, highlight=False
-    )
+    for one in funnels.read(out, ["kept"]):
+        console.print(report.funnel_table(one))
+    count = len(shards.read_rows(kept))
+    console.print(f"{count} rows are kept: {Path(kept) / 'rows'}", soft_wrap=True, highlight=False)
 
 
 def teacher(word: str, endpoint: Mapping[str, Any]) -> tuple[str, Teacher]:
