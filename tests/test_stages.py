@@ -16,6 +16,7 @@ from toy import Likes
 
 from posttrain import train
 from posttrain.data.conversations import Demonstrations, Files
+from posttrain.data.preferences import Rankings
 from posttrain.model.processing import Sampling
 from posttrain.sharding import mesh as meshes
 from posttrain.train import checkpoint, distill, evaluate, metrics, rl, sft, state
@@ -25,6 +26,7 @@ from posttrain.train.distill import Distill, FullVocabulary, SampledToken
 from posttrain.train.evaluate import Evaluate, wilson
 from posttrain.train.merge import Dare, Linear, Slerp, TaskArithmetic, Ties
 from posttrain.train.optimizer import AdamW
+from posttrain.train.prefer import KTO, Prefer
 from posttrain.train.rl import RL, Objective
 from posttrain.train.sft import SFT
 
@@ -32,6 +34,7 @@ COMPUTE = Compute(row_tokens=48, micro_rows=8, slots=8)
 SAMPLING = Sampling(max_tokens=4)
 TASKS = Likes(domain="north")
 SHARED = {"start": "tiny", "steps": 2, "compute": COMPUTE}
+RANKINGS = Rankings(paths=("absent.jsonl",))
 PAIR = {"models": ("tiny", "tiny")}
 STAGES = [
     SFT(data=Demonstrations(tasks=TASKS), batch_size=8, **SHARED),
@@ -39,6 +42,8 @@ STAGES = [
     Distill(teachers={"north": "tiny"}, tasks=TASKS, sampling=SAMPLING, objective=FullVocabulary(), **SHARED),
     Distill(teachers={"north": "tiny"}, tasks=TASKS, sampling=SAMPLING, objective=SampledToken(), **SHARED),
     Evaluate(model="tiny", tasks=(TASKS,), sampling=SAMPLING, compute=COMPUTE),
+    Prefer(data=RANKINGS, batch_size=8, **SHARED),
+    Prefer(data=RANKINGS, objective=KTO(), **SHARED),
     Convert(source="tiny"),
     Linear(**PAIR),
     Slerp(**PAIR, base="tiny"),
