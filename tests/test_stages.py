@@ -26,7 +26,9 @@ from posttrain.train.distill import Distill, FullVocabulary, SampledToken
 from posttrain.train.evaluate import Evaluate, wilson
 from posttrain.train.merge import Dare, Linear, Slerp, TaskArithmetic, Ties
 from posttrain.train.optimizer import AdamW
+from posttrain.train.ppo import PPO, Ptx
 from posttrain.train.prefer import KTO, Prefer
+from posttrain.train.reward import Reward
 from posttrain.train.rl import RL, Objective
 from posttrain.train.sft import SFT
 
@@ -44,6 +46,8 @@ STAGES = [
     Evaluate(model="tiny", tasks=(TASKS,), sampling=SAMPLING, compute=COMPUTE),
     Prefer(data=RANKINGS, batch_size=8, **SHARED),
     Prefer(data=RANKINGS, objective=KTO(), **SHARED),
+    Reward(data=RANKINGS, demonstrations=Demonstrations(tasks=TASKS), **SHARED),
+    PPO(tasks=TASKS, sampling=SAMPLING, prompts=4, minibatches=2, ptx=Ptx(data=Demonstrations(tasks=TASKS)), **SHARED),
     Convert(source="tiny"),
     Linear(**PAIR),
     Slerp(**PAIR, base="tiny"),
@@ -70,7 +74,8 @@ def test_planned_programs_lower_on_eight_devices(stage):
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: type(stage).__name__)
 def test_a_stage_says_which_model_it_makes(stage):
-    assert stage.result() == (None if isinstance(stage, Evaluate) else checkpoint.open_config("tiny"))
+    made = checkpoint.open_config("tiny").replace(output="score" if isinstance(stage, Reward) else "logits")
+    assert stage.result() == (None if isinstance(stage, Evaluate) else made)
 
 
 def test_the_calls_of_a_stage_follow_from_its_settings():

@@ -23,6 +23,12 @@ def token_logp(config: ModelConfig, params: Any, batch: Any, *, temperature: flo
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def values(config: ModelConfig, params: Any, batch: Any) -> jax.Array:
+    """What a scoring model (reward model, critic) makes of each position, [B, T] float32."""
+    return transformer.score(config, params, _hidden(config, params, batch))
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def last_hidden(config: ModelConfig, params: Any, batch: Any) -> jax.Array:
     """Hidden states after the last norm, [B, T, D]."""
     return _hidden(config, params, batch)
