@@ -104,7 +104,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit_with_critic_reward_model_and_
     judge, tmp_path, monkeypatch
 ):
     ptx = Ptx(data=Demonstrations(tasks=TASKS), coefficient=0.5, batch_size=4)
-    run = stage(reward_models=RewardModels(models=(judge,)), ptx=ptx)
+    run = stage(rewards=RewardModels(models=(judge,)), ptx=ptx)
     run.train(tmp_path / "whole", one_device())
 
     def stopped(folder, step, *rest):

@@ -20,6 +20,7 @@ from posttrain.data.preferences import Rankings
 from posttrain.model.processing import Sampling
 from posttrain.sharding import mesh as meshes
 from posttrain.train import checkpoint, distill, evaluate, metrics, rl, sft, state
+from posttrain.train.compare import Compare
 from posttrain.train.compute import Compute
 from posttrain.train.convert import Convert
 from posttrain.train.distill import Distill, FullVocabulary, SampledToken
@@ -48,6 +49,7 @@ STAGES = [
     Prefer(data=RANKINGS, objective=KTO(), **SHARED),
     Reward(data=RANKINGS, demonstrations=Demonstrations(tasks=TASKS), **SHARED),
     PPO(tasks=TASKS, sampling=SAMPLING, prompts=4, minibatches=2, ptx=Ptx(data=Demonstrations(tasks=TASKS)), **SHARED),
+    Compare(models=("tiny",), tasks=TASKS, sampling=SAMPLING, compute=COMPUTE),
     Convert(source="tiny"),
     Linear(**PAIR),
     Slerp(**PAIR, base="tiny"),
@@ -75,7 +77,7 @@ def test_planned_programs_lower_on_eight_devices(stage):
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: type(stage).__name__)
 def test_a_stage_says_which_model_it_makes(stage):
     made = checkpoint.open_config("tiny").replace(output="score" if isinstance(stage, Reward) else "logits")
-    assert stage.result() == (None if isinstance(stage, Evaluate) else made)
+    assert stage.result() == (None if isinstance(stage, Evaluate | Compare) else made)
 
 
 def test_the_calls_of_a_stage_follow_from_its_settings():

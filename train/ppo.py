@@ -21,41 +21,21 @@ from ..data.pack import pack_groups
 from ..data.shuffle import Shuffled
 from ..data.task import Task, TaskSource
 from ..data.verify.pool import VerifierPool
-from ..model import sample, transformer
+from ..model import sample
 from ..model.config import ModelConfig
 from ..model.processing import Sampling
 from ..sharding import mesh as meshes
 from . import checkpoint, loop, programs, reward, rewards, rollout, score, sft, state, updater
 from .compute import Compute
 from .hosted import Hosted
-from .losses import advantage, masked, mismatch, policy, shaping, value
+from .judge import Judge
 from .metrics import Log
 from .optimizer import AdamW
+from .ppo_objective import CRITIC_FIELDS, POLICY_FIELDS, Objective, critic_loss, estimate, policy_loss
 from .rewards import RewardModels
 from .rollout import Rollout, Sampler
 from .step import Loss, State, make_train_step
 from .updater import Updater
-
-POLICY_FIELDS = ("advantage", "old_logp", "behavior_logp")
-CRITIC_FIELDS = ("returns", "old_values")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """Constants of PPO. `kl_weight` times log pi_old - log reference is taken off the reward of every token.
-
-    GAE has `discount` and `decay` (lambda); `whiten` scales advantages to mean 0 and deviation 1 over the tokens of the
-    rollout. `value_clip` bounds how far a value may move in a step for its loss to fall (None: it may). An answer that
-    was cut off earns `unfinished`, if given, in the place of its reward (Tulu 3: -10).
-    """
-
-    clip: float = 0.2
-    value_clip: float | None = 0.2
-    kl_weight: float = 0.02
-    discount: float = 1.0
-    decay: float = 0.95
-    whiten: bool = True
-    unfinished: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,60 +54,6 @@ class Models(NamedTuple):
     critic: State
 
 
-def policy_loss(
-    config: ModelConfig, objective: Objective | None = None, *, temperature: float = 1.0, ptx: float = 0.0
-) -> Loss:
-    """PPO's clipped policy gradient: `loss(params, batch, *weights) -> (sum, weight, metrics)`.
-
-    The batch's fields: advantage, old_logp, behavior_logp (the sampler's, only compared). With a `ptx` coefficient also
-    the field ptx, 1 on pretraining tokens (where the mask is 0), and the constants: how many policy and pretraining
-    tokens the whole update has.
-    """
-    o = objective or Objective()
-
-    def compute(params: Any, batch: Any, *weights: jax.Array) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        mask, old, advantages = batch["mask"], batch["old_logp"], batch["advantage"]
-        hidden, _ = transformer.apply(
-            config, params, batch["tokens"], positions=batch["positions"], segments=batch["segments"]
-        )
-        logp = transformer.token_logp(config, params, hidden, batch["targets"], temperature=temperature)
-        clip = {"clip_low": o.clip, "clip_high": o.clip}
-        total = masked.sum(policy.clipped_policy_gradient(logp, old, advantages, **clip), mask)
-        metrics = {
-            "clipped": masked.sum(policy.is_clipped(logp, old, advantages, **clip), mask),
-            "mismatch": masked.sum(jnp.abs(mismatch.log_ratio(old, batch["behavior_logp"])), mask),
-            "entropy_estimate": masked.sum(-logp, mask),
-        }
-        if ptx:
-            of = dict(zip(("policy_weight", "pretraining_weight"), weights, strict=True))
-            total += masked.sum(policy.pretraining_mix(logp, coefficient=ptx, **of), batch["ptx"])
-            metrics["ptx_nll"] = masked.sum(policy.pretraining_mix(logp, coefficient=1.0, **of), batch["ptx"])
-        return total, masked.weight(mask), metrics
-
-    return compute
-
-
-def critic_loss(config: ModelConfig, objective: Objective | None = None) -> Loss:
-    """The critic's squared error, per token: `loss(params, batch) -> (sum, weight, metrics)`.
-
-    The batch's fields: returns and, for clipping, old_values.
-    """
-    o = objective or Objective()
-
-    def compute(params: Any, batch: Any) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        hidden, _ = transformer.apply(
-            config, params, batch["tokens"], positions=batch["positions"], segments=batch["segments"]
-        )
-        values, returns, mask = transformer.score(config, params, hidden), batch["returns"], batch["mask"]
-        if o.value_clip is None:
-            errors = value.squared_error(values, returns)
-        else:
-            errors = value.clipped_squared_error(values, batch["old_values"], returns, clip=o.value_clip)
-        return masked.sum(errors, mask), masked.weight(mask), {"value": masked.sum(values, mask)}
-
-    return compute
-
-
 def train_step(
     config: ModelConfig, optimizer: optax.GradientTransformation, objective: Objective | None = None
 ) -> Callable:
@@ -142,31 +68,6 @@ def critic_step(
     return make_train_step(critic_loss(config, objective), optimizer)
 
 
-def estimate(batch: Any, objective: Objective) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Advantage and return of each token of a whole rollout, and statistics.
-
-    The batch's fields, all [B, T]: old_logp, reference_logp (if there is a KL term), old_values, and the answer's
-    reward at each of its tokens. Nothing comes after an answer's end, cut off or not: its reward says what it is worth.
-    """
-    mask, segments = batch["mask"], batch["segments"]
-    per_token = shaping.at_last_token(batch["reward"], mask, segments)
-    metrics: dict[str, jax.Array] = {}
-    if objective.kl_weight:
-        per_token += shaping.kl_penalty(batch["old_logp"], batch["reference_logp"], weight=objective.kl_weight)
-        gap = batch["old_logp"] - batch["reference_logp"]
-        metrics["kl"] = masked.sum(gap, mask) / masked.weight(masked.per_sequence(mask, segments))
-    values = batch["old_values"]
-    settings = {"segments": segments, "discount": objective.discount, "decay": objective.decay}
-    advantages = advantage.gae(per_token, values, mask, **settings)
-    returns = advantages + values
-    error, spread = masked.mean((returns - values) ** 2, mask), masked.mean(returns**2, mask)
-    metrics["explained_variance"] = 1 - error / jnp.maximum(spread - masked.mean(returns, mask) ** 2, 1e-12)
-    return {
-        "advantage": advantage.whiten(advantages, mask) if objective.whiten else advantages,
-        "returns": returns,
-    }, metrics
-
-
 _estimated = jax.jit(estimate, static_argnums=1)
 
 
@@ -174,9 +75,9 @@ _estimated = jax.jit(estimate, static_argnums=1)
 class PPO:
     """Train `start` by PPO: each step, `group` answers to each of `prompts` tasks, then `epochs` over `minibatches`.
 
-    Rewards are the verdicts of the tasks' verifiers, or `reward_models`'; verdicts are then only reported. The critic
-    starts from `critic`, a reward model or a language model with a new scalar head (the first of the reward models
-    unless given, or else `start`). A minibatch is one update of policy and critic. The reference of the KL term is
+    What answers earn are the verdicts of the tasks' verifiers, or `rewards`; verdicts are then only reported. The
+    critic starts from `critic`, a reward model or a language model with a new scalar head (unless given, the first of
+    the reward models, or else `start`). A minibatch is one update of policy and critic. The reference of the KL term is
     `start`. The trained critic is in OUT/critic, for a run that goes on from this one.
     """
 
@@ -184,7 +85,7 @@ class PPO:
     tasks: TaskSource
     steps: int
     sampling: Sampling
-    reward_models: RewardModels | None = None
+    rewards: RewardModels | Judge | None = None
     critic: str | None = None
     prompts: int = 64
     group: int = 1
@@ -214,7 +115,7 @@ class PPO:
     @property
     def critic_start(self) -> str:
         """What the critic starts from."""
-        return self.critic or (self.reward_models.models[0] if self.reward_models else self.start)
+        return self.critic or (self.rewards.models[0] if isinstance(self.rewards, RewardModels) else self.start)
 
     @property
     def policy_fields(self) -> tuple[str, ...]:
@@ -268,7 +169,7 @@ class PPO:
             named |= {f"{name} {kind}": one for kind, one in found.items()}
         plain = programs.abstract_batch(self.compute, mesh)
         micros = self.steps * self.minibatches * -(-tokens // plain["tokens"].size)
-        judges = len(self.reward_models.models) if self.reward_models else 0
+        judges = len(self.rewards.models) if isinstance(self.rewards, RewardModels) else 0
         scorings = {
             "score": (score.token_logp, {"temperature": self.sampling.temperature}, 1 + bool(self.objective.kl_weight)),
             "value": (score.values, {}, 1 + judges),
@@ -319,8 +220,7 @@ class _Run:
         self.order: Shuffled[Task] = Shuffled(stage.tasks, seed=stage.seed)
         self.pretraining = Shuffled(stage.ptx.data.open(), seed=stage.seed) if stage.ptx else None
         self.reference = Hosted({"reference": stage.start}, stage.compute, mesh) if stage.objective.kl_weight else None
-        models = stage.reward_models
-        self.score = models.open(self.tokenizer, stage.compute, mesh) if models else None
+        self.score = stage.rewards.open(self.tokenizer, stage.compute, mesh) if stage.rewards else None
 
     def trained(self) -> loop.Trained:
         """Policy and critic, as the loop wants them."""
