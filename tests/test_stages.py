@@ -86,6 +86,7 @@ def test_the_calls_of_a_stage_follow_from_its_settings():
         "gradients": 2 * 2 * 1,  # steps, updates; four answers of a prompt and at most 48 tokens in micro-batches of 8
         "update": 2 * 2,
         "score": 2 * 2 * 2,  # by the policy before its updates and by the reference
+        "decoder": 2,
         "prefill": 2,
         "decode": 2,  # 2 prompts x 4 answers fill the 8 slots once a step
     }
