@@ -213,9 +213,7 @@ class Distill:
                 start=self.start,
                 steps=self.steps,
                 optimizer=optimizer,
-                save_every=self.compute.save_every,
-                keep=self.compute.keep,
-                keep_every=self.compute.keep_every,
+                compute=self.compute,
                 mesh=mesh,
                 iterate=iterate,
             )
