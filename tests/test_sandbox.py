@@ -6,7 +6,9 @@ Every test runs at each level that this machine reaches; the others are skipped,
 import dataclasses
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +67,16 @@ print(__name__, len({"a", "b"}), hash("the same every time") % 7)
     once, again = (sandbox.run(Program(source=source))[0] for _ in range(2))
     assert once.stdout.splitlines()[:-1] == ["2", "kept", "(2,)", "hello"], once.stderr
     assert once.stdout == again.stdout and once.stdout.splitlines()[-1].startswith("__main__ 2 ")
+
+
+def test_packages_are_read_where_they_are_asked_for(sandbox):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "helper.py").write_text("VALUE = 5")
+        program = Program(source="import helper; print(helper.VALUE)")
+        assert dataclasses.replace(sandbox, packages=(name,)).run(program)[0].stdout == "5\n"
+        assert "No module named 'helper'" in sandbox.run(program)[0].stderr
 
 
 def test_another_language_is_built_once_and_run_on_each_input(sandbox):

@@ -134,6 +134,7 @@ def test_a_query_is_judged_by_its_rows_on_every_database():
         (UnitTests(sandbox=SANDBOX), {"tests": []}, 'needs "tests"'),
         (UnitTests(sandbox=SANDBOX), {"tests": ["add(1, 2)"]}, "assert nothing"),
         (UnitTests(sandbox=SANDBOX), {"tests": ["assert add(1,"]}, "no Python code"),
+        (UnitTests(sandbox=SANDBOX), {"tests": ["assert add(1, 2) == 3"]}, "answer of task .* is no Python code"),
         (SqlRows(sandbox=SANDBOX), {}, 'needs "database"'),
     ],
 )

@@ -128,15 +128,15 @@ def bubblewrap(python: str, *, disk: int, readable: Sequence[str] = ()) -> list[
             command += ["--symlink", os.readlink(path), path]
         elif os.path.isdir(path):
             command += ["--ro-bind", path, path]
+    command += ["--proc", "/proc", "--dev", "/dev"]
+    for path, size in (("/tmp", disk), ("/dev/shm", min(disk, 16 << 20))):  # the sandbox's own
+        command += ["--perms", "1777", "--size", str(size), "--tmpfs", path]
     for path in (*_SETTINGS, _prefix(python), *readable):
         if not path.startswith("/usr/"):
             for folder in reversed(Path(path).parents[:-1]):  # made by a bind, they would be open to root alone
                 command += ["--dir", str(folder)]
             command += ["--ro-bind-try", path, path]
     command += ["--dir", "/run", "--dir", _MOUNTED, "--ro-bind", INSIDE, f"{_MOUNTED}/{Path(INSIDE).name}"]
-    command += ["--proc", "/proc", "--dev", "/dev"]
-    for path, size in (("/tmp", disk), ("/dev/shm", min(disk, 16 << 20))):
-        command += ["--perms", "1777", "--size", str(size), "--tmpfs", path]
     return [*command, "--remount-ro", "/dev", "--chdir", "/tmp"]
 
 

@@ -100,6 +100,7 @@ class UnitTests:
     def check(self, task: Task) -> None:
         """A ValueError for tests that judge nothing; a SandboxError where the machine cannot run code safely."""
         _tests(task)
+        _defined(task)
         require(self.sandbox.required)
 
     def __call__(self, task: Task, response: str) -> Verdict:
@@ -108,7 +109,7 @@ class UnitTests:
         refused = refusal(task, response)
         if refused or source is None:
             return refused or Verdict(0.0, "no Python code")
-        names, has_classes = _defined(task.answer)
+        names, has_classes = _defined(task)
         failures, outcome = self.sandbox.test(
             source, tests, setup=task.metadata.get("setup", ""), names=names,
             objects=bool(task.metadata.get("objects", has_classes)),
@@ -125,12 +126,15 @@ def _why(failure: str, outcome: Outcome) -> str:
     return f"{failure}{': ' if last else ''}{''.join(last)}"[:200]
 
 
-def _defined(answer: str | None) -> tuple[list[str] | None, bool]:
-    """The names that a reference solution makes at its top level, and whether classes are among them."""
-    if answer is None:
+def _defined(task: Task) -> tuple[list[str] | None, bool]:
+    """The names that the reference solution makes at its top level, and whether classes are among them."""
+    if task.answer is None:
         return None, False
     found: list[str] = []
-    tree = ast.parse(block(answer, LANGUAGES["python"].fences) or "")
+    try:
+        tree = ast.parse(block(task.answer, LANGUAGES["python"].fences) or "")
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"the answer of task {task.id} is no Python code ({error}): {task.answer[:60]!r}") from None
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.append(node.name)
