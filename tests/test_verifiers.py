@@ -203,6 +203,7 @@ def test_no_choice_and_several_choices_earn_nothing(response, answer):
         ("Evaluate $\\log_2 64$.", "6", "It is $\\log_2 64$."),
         ("Write $\\frac{6}{8}$ in lowest terms.", "\\frac34", "\\boxed{\\frac{6}{8}}"),
         ("What is 12 + 30?", "42", "The answer is 12 + 30."),
+        ("Factor $7x^2-63$.", "7(x+3)(x-3)", "$7x^2 - 63$"),
     ],
 )
 def test_the_expression_that_is_to_be_worked_out_is_no_answer(question, answer, echo):

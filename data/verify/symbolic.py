@@ -64,11 +64,12 @@ def final_answer(text: str) -> str:
 def _restates(task: Task, candidate: str) -> bool:
     """Whether a final answer is what the question asks to work out: "evaluate 2 + 3" is not answered by 2 + 3.
 
-    An expression that the question has, longer than the answer; the answer itself may stand in the question.
+    An expression that the question has and that is more than a number; the answer itself may stand in the question.
     """
     found = _plain(_FORMULA.findall(candidate)[-1] if _FORMULA.search(candidate) else candidate)
     asked = _plain(" ".join(str(message["content"]) for message in task.messages))
-    return len(found) > len(_plain(final_answer(gold(task)))) and found in asked
+    is_expression = len(found) > 4 and re.search(r"[-+*/^_\\]", found) is not None
+    return is_expression and found != _plain(final_answer(gold(task))) and found in asked
 
 
 def _plain(formula: str) -> str:
