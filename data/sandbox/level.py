@@ -80,7 +80,8 @@ def require(level: Level) -> None:
         raise SandboxError(
             f"model-written code is to run at level {level} ({level.name.lower()}) and this machine reaches "
             f"{found.level} ({found.level.name.lower()}): {found.reason}. Install bubblewrap (apt-get install "
-            f"bubblewrap) where user namespaces are allowed, or accept Level.{found.level.name}"
+            f"bubblewrap) where user namespaces are allowed, or accept less: --sandbox {found.level.name.lower()}, in "
+            f"code Sandbox(required=Level.{found.level.name})"
         )
 
 
