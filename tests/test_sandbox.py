@@ -100,6 +100,7 @@ def grow(items): items.append(len(items)); return None
 def fail(value): raise ValueError(f"bad {value}")
 def count(word): return collections.Counter(word)
 def stream(): yield from (1, 2, 3)
+def only(kind, *items): return [item for item in items if type(item) is kind], kind
 def big(): return 2 ** 100, -0.0, float("inf"), {(1, 2): {3}}, b"x", None, "\\ud800", 1j
 """
     tests = [
@@ -108,6 +109,7 @@ def big(): return 2 ** 100, -0.0, float("inf"), {(1, 2): {3}}, b"x", None, "\\ud
         "try: fail(9)\nexcept ValueError as error: assert str(error) == 'bad 9'\nelse: assert False",
         "assert count('aab') == {'a': 2, 'b': 1} and list(stream()) == [1, 2, 3]",
         "assert big() == (2 ** 100, 0.0, float('inf'), {(1, 2): {3}}, b'x', None, '\\ud800', 1j)",
+        "assert only(str, 1, 'a', None) == (['a'], str) and only(type(None), 1, None)[0] == [None]",
         "from math import isclose\nassert isclose(add(1.5), helper(2.5))",
         "assert add(1) == 3",
         "assert missing() == 1",
@@ -115,7 +117,7 @@ def big(): return 2 ** 100, -0.0, float("inf"), {(1, 2): {3}}, b"x", None, "\\ud
     ]
     failures, outcome = sandbox.test(solution, tests, setup="def helper(x): return x")
     assert failures == [
-        "", "", "", "", "", "",
+        "", "", "", "", "", "", "",
         "a test failed: assert add(1) == 3",
         "NameError: name 'missing' is not defined",
         "the test ended its process",
