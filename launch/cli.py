@@ -1,4 +1,4 @@
-"""The command line: `posttrain run|plan|eval|generate|chat|merge|convert|report`.
+"""The command line: `posttrain run|plan|eval|generate|chat|merge|convert|report|sandbox`.
 
 Commands import what they need when they are called: JAX takes seconds to import, `--help` should not.
 """
@@ -55,7 +55,12 @@ TASKS are questions.jsonl (lines of {"prompt": ..., "answer": ...}), arithmetic,
 instructions:capitals, characters:sort or reasoning-gym:spell_backward.
 
   posttrain eval smollm2 --tasks arithmetic --tasks instructions:capitals --limit 32
-  posttrain eval runs/demo/mopd-full --tasks questions.jsonl --verifier text --out runs/questions"""
+  posttrain eval runs/demo/mopd-full --tasks questions.jsonl --verifier text --out runs/questions
+  posttrain eval smollm2 --tasks humaneval.jsonl --verifier unit-tests --max-tokens 512
+
+Verifiers other than number, formula, text and choice read more fields of a line: "tests" (code: a list of {"input",
+"output"}; unit-tests: a list of assertions), "database" or "databases" (sql), "schema" (json-schema),
+"instruction_id_list" and "kwargs" (ifeval). Code runs in a sandbox: see `posttrain sandbox`."""
 
 GENERATE = """Have teachers answer tasks, judge and filter the answers, and write what is kept as shards to train on.
 
@@ -89,10 +94,22 @@ The Hugging Face folder loads with transformers' AutoModelForCausalLM and AutoTo
   posttrain convert runs/demo/mopd-full --out student-hf --dtype bfloat16
   posttrain convert smollm2 --out smollm2 --format posttrain"""
 
+SANDBOX = """How well this machine walls off model-written code: the level it reaches, and what attacks it withstands.
+
+Every attack is tried for real, under small limits, which takes some seconds: files, network, credentials, fork bomb,
+memory, disk, processes that live on, forged verdicts. Exit code 0 where the level that the machine reaches holds.
+
+  posttrain sandbox
+  posttrain sandbox --level landlock"""
+
 Model = Positional[Annotated[str, arg(metavar="MODEL")]]
 Models = Positional[Annotated[tuple[str, ...], arg(metavar="MODEL MODEL ...")]]
 Out = Annotated[Path, arg(metavar="DIR", help="Folder to write.")]
 Base = Annotated[str, arg(metavar="MODEL", help="What the models were fine-tuned from.")]
+Verifier = Literal[  # as in `tasks`, which takes longer to import than --help should
+    "number", "formula", "text", "choice", "code", "unit-tests", "sql", "json-schema", "tool-calls", "ifeval",
+    "citations",
+]  # fmt: skip
 Weights = Annotated[tuple[float, ...], arg(help="One number per model; equal unless given.")]
 
 merges = SubcommandApp()
@@ -106,7 +123,7 @@ def evaluate(
     out: Annotated[Path | None, arg(metavar="DIR")] = None,
     limit: int = 64,
     held_out: float | None = None,
-    verifier: Literal["number", "text", "choice"] = "number",
+    verifier: Verifier = "number",
     max_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
@@ -331,6 +348,17 @@ def report(out: Positional[Annotated[Path, arg(metavar="OUT")]], /) -> None:
     report.main(out)
 
 
+def sandbox(level: Literal["plain", "landlock", "bubblewrap"] | None = None) -> None:
+    """How well this machine walls off model-written code.
+
+    Args:
+        level: Try a lower level than the machine reaches.
+    """
+    from .commands import sandbox
+
+    sandbox.main(level)
+
+
 def recipes() -> dict[str, str]:
     """Names of the recipes and what each is; read from their files, as importing them imports JAX."""
     found = {}
@@ -359,6 +387,7 @@ def build(words: Sequence[str]) -> SubcommandApp:
         "merge": (merges, MERGE),
         "convert": (convert, CONVERT),
         "report": (report, report.__doc__ or ""),
+        "sandbox": (sandbox, SANDBOX),
     }
     for name, (target, text) in commands.items():
         app.command(target, name=name, help=text if words[:1] == [name] else text.partition("\n")[0])
@@ -403,6 +432,7 @@ def _hush_libtpu() -> None:
 
 def _explain(error: BaseException, words: Sequence[str]) -> int:
     """Say on stderr what happened; the exit code. Errors that no input explains are raised again."""
+    from ..data.sandbox.level import SandboxError
     from ..train.checkpoint import CheckpointError
     from ..train.loop import Interrupted
 
@@ -412,7 +442,7 @@ def _explain(error: BaseException, words: Sequence[str]) -> int:
         again = shlex.join(["posttrain", *words])
         print(f"posttrain: stopped; what was done is saved. To go on, run the same again: {again}", file=sys.stderr)
         return RUN_AGAIN
-    if isinstance(error, ValueError | OSError | ImportError | CheckpointError):
+    if isinstance(error, ValueError | OSError | ImportError | CheckpointError | SandboxError):
         print(f"posttrain: {_sentence(error)}", file=sys.stderr)
         return WRONG_USAGE
     raise error
