@@ -156,7 +156,7 @@ def generate(
     tasks: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="TASKS")]],
     out: Out,
     limit: int | None = None,
-    verifier: Literal["number", "text", "choice"] = "number",
+    verifier: Verifier = "number",
     samples: int = 4,
     rounds: int = 1,
     enough: int = 1,

@@ -17,6 +17,8 @@ from posttrain.data.characters import Characters
 from posttrain.data.conversations import Rows
 from posttrain.data.endpoint import Endpoint, EndpointError
 from posttrain.data.filters import outcome
+from posttrain.data.row import thought
+from posttrain.data.verify import tool_calls
 from posttrain.model.processing import Sampling
 from posttrain.sharding import mesh as meshes
 from posttrain.train import answers, checkpoint, curate, loop, sft
@@ -304,6 +306,8 @@ def test_kept_rows_are_learned_from_with_their_tools(server, generated, tmp_path
         made["choices"][0]["message"] = {"content": "ok", "tool_calls": [call]}
         return made
 
+    said = answers.judged_text({"role": "assistant", "reasoning_content": "so", "content": "ok", "tool_calls": [call]})
+    assert tool_calls.calls(said) == [("add", {"x": 2})] and thought({"role": "assistant", "content": said}).thinking
     with serving(reply=reply) as with_tools:
         remote(with_tools, prompts=(Fixed((task,)),), rounds=1).train(tmp_path, one_device())
     [first, *_] = shards.read_rows(tmp_path)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ..data.endpoint import Client, Completion, Endpoint, EndpointError
-from ..data.row import thought
+from ..data.row import CLOSE, OPEN, text_of
 from ..data.task import Message, Task
 from ..data.tasks import content_hash
 from ..model import sample
@@ -158,10 +158,16 @@ def tools(task: Task) -> Sequence[Mapping[str, Any]]:
 
 
 def judged_text(message: Message) -> str:
-    """What a verifier sees of an answer: without its thinking; calls of tools as <tool_call> JSON, one a line."""
-    calls = [call["function"] for call in message.get("tool_calls") or ()]
-    lines = [f"<tool_call>{json.dumps(dict(call), ensure_ascii=False)}</tool_call>" for call in calls]
-    return "\n".join([part for part in (thought(message).answer.strip(), *lines) if part])
+    """What a verifier sees of an answer: all that a model writes, thinking in its marks, calls of tools as JSON."""
+    thinking = message.get("reasoning_content")
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    calls = [{"name": one["name"], "arguments": one["arguments"]} for one in functions]
+    parts = [
+        *([f"{OPEN}\n{thinking}\n{CLOSE}\n"] if thinking is not None else []),
+        text_of(message),
+        *(f"<tool_call>{json.dumps(call, ensure_ascii=False)}</tool_call>" for call in calls),
+    ]
+    return "\n".join(part for part in parts if part)
 
 
 def request_seed(seed: int, task: str, place: int) -> int:
