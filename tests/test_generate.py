@@ -220,10 +220,10 @@ def test_each_domain_has_its_teacher_and_a_fingerprint_says_whether_two_are_one(
     assert len({row.provenance.teacher_fingerprint for row in rows}) == 1
     model = checkpoint.open_model("tiny", one_device())
     sharded = checkpoint.open_model("tiny", meshes.make_mesh(fsdp=4, tensor=2))
-    assert answers.fingerprint(model) == answers.fingerprint(sharded) == rows[0].provenance.teacher_fingerprint
+    assert answers.identity(model) == answers.identity(sharded) == rows[0].provenance.teacher_fingerprint
     for change in (lambda x: x.at[0].add(1e-6), lambda x: x[::-1]):
         changed = jax.tree.map(change, model.params)
-        assert answers.fingerprint(model._replace(params=changed)) != answers.fingerprint(model)
+        assert answers.identity(model._replace(params=changed)) != answers.identity(model)
 
 
 def test_what_cannot_be_generated_is_said_before_anything_is_asked(server, asked, tmp_path):
