@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from learning import COMPUTE, accuracy, demonstrated, seeds, split
+from tiny_runs import COMPUTE, accuracy, demonstrated, seeds, split
 
 from posttrain.data.characters import Characters
 from posttrain.data.conversations import Files
@@ -24,7 +24,7 @@ from posttrain.train.prefer import DPO, LengthNormalizedDPO, Prefer
 from posttrain.train.sft import SFT
 
 TRAIN, HELD_OUT = split(Characters(operation="reverse"))
-WEAK, START, STRONG = 30, 55, 60  # steps of demonstrations
+WEAK, START, STRONG = 65, 85, 90  # steps of demonstrations
 STEPS, BATCH = 40, 24
 
 
