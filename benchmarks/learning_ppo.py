@@ -23,7 +23,7 @@ from posttrain.train.rl import RL
 
 TRAIN, HELD_OUT = split(Characters(operation="reverse"))
 SAMPLING = Sampling(max_tokens=8)
-START, STEPS, PROMPTS, GROUP = 85, 30, 16, 8
+START, STEPS, PROMPTS, GROUP = 85, 24, 16, 8
 
 
 @dataclass(frozen=True, kw_only=True)
