@@ -3,8 +3,8 @@
     python benchmarks/learning_dpo.py --out /tmp/dpo
 
 Delta learning (https://arxiv.org/abs/2507.06187; Olmo 3, https://arxiv.org/abs/2512.13961, table 21: fine-tuning on the
-chosen answers made a model worse, DPO better). Three models learn from ever more demonstrations, each from the one
-before: a weak one, the start, and a strong one, which is hardly better than the start. All methods see the same answers.
+chosen answers made a model worse, DPO better). Three models learn from ever more demonstrations, each going on from the
+one before: a weak one, the start, and a strong one, hardly better than the start. All methods see the same answers.
 """
 
 from dataclasses import dataclass

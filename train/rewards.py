@@ -3,7 +3,6 @@
 A `RewardSource` is settings; opened beside a run's mesh it scores groups of rollouts. RL, PPO and best-of-n take any.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -39,15 +38,6 @@ class RewardSource(Protocol):
     def open(self, tokenizer: Tokenizer, compute: Compute, mesh: jax.sharding.Mesh) -> Score:
         """Make it ready for answers in this tokenizer's tokens."""
         ...
-
-
-def rewarded(groups: Groups, rewards: np.ndarray) -> list[list[Rollout]]:
-    """The rollouts with these rewards [N] in the place of their verdicts', which `reason` keeps."""
-    values = iter(rewards.tolist())
-    return [
-        [dataclasses.replace(r, reward=next(values), reason=f"verdict {r.reward:g}: {r.reason}") for r in group]
-        for group in groups
-    ]
 
 
 @runtime_checkable
