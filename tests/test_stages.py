@@ -65,7 +65,7 @@ STAGES = [
     OverSeeds(evaluations=("eval",)),
 ]
 HOST_ONLY = (Convert, Curate, Pair, OverSeeds)
-MAKE_NO_MODEL = (Evaluate, Generate, Curate, Pair, OverSeeds, Compare)
+MAKE_NO_MODEL = (Compare, Evaluate, Generate, Curate, Pair, OverSeeds)
 
 
 def one_device():
