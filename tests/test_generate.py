@@ -352,7 +352,9 @@ def test_a_reward_model_chooses_among_rows_as_it_scores_rollouts(generated, tmp_
     dropped = {row.id: row.reward for row in shards.read_rows(tmp_path / "kept", "dropped")}
     assert len(rows) == len({row.prompt_id for row in rows}) and dropped
     first = next(row for row in rows if any(row.prompt_id in id for id in dropped))
-    assert first.reward == max([first.reward, *(value for id, value in dropped.items() if first.prompt_id in id)])
+    assert first.reward is not None
+    others = [value for id, value in dropped.items() if value is not None and first.prompt_id in id]
+    assert first.reward == max([first.reward, *others])
     tokens = np.asarray([*tok.encode(str(first.response[0]["content"])), tok.eos_ids[0]])
     task = Characters(operation="reverse", letters=3)[0]
     prompt = chat.render(tok, first.prompt, add_generation_prompt=True)
