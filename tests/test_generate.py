@@ -348,9 +348,10 @@ def test_a_reward_model_chooses_among_rows_as_it_scores_rollouts(generated, tmp_
         rows=(str(generated),), filters=(), scorer=scorer, best=(outcome.BestByReward(count=1),)
     ).train(tmp_path / "kept", mesh)  # fmt: skip
     rows, tok = shards.read_rows(tmp_path / "kept"), tokenizer.tiny()
-    dropped = {row.id: row.reward for row in shards.read_rows(tmp_path / "kept", "dropped")}
+    dropped = {row.id: row.reward or 0.0 for row in shards.read_rows(tmp_path / "kept", "dropped")}
     assert len(rows) == len({row.prompt_id for row in rows}) and dropped
     first = next(row for row in rows if any(row.prompt_id in id for id in dropped))
+    assert first.reward is not None
     assert first.reward == max([first.reward, *(value for id, value in dropped.items() if first.prompt_id in id)])
     tokens = np.asarray([*tok.encode(str(first.response[0]["content"])), tok.eos_ids[0]])
     task = Characters(operation="reverse", letters=3)[0]
