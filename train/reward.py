@@ -19,7 +19,7 @@ from ..data import chat, preferences
 from ..data.batch import Batch
 from ..data.conversations import Demonstrations, Files
 from ..data.pack import Example, Group, pack_groups
-from ..data.preferences import Ranking, Rankings
+from ..data.preferences import Paired, Ranking, Rankings
 from ..data.shuffle import Shuffled
 from ..data.tokenizer import Tokenizer
 from ..model import transformer
@@ -209,7 +209,7 @@ class Reward:
     """
 
     start: str
-    data: Rankings
+    data: Rankings | Paired
     steps: int
     objective: Objective = field(default_factory=Ranked)
     demonstrations: Files | Demonstrations | None = None
