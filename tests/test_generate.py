@@ -28,9 +28,8 @@ from posttrain.train.compute import Compute
 from posttrain.train.curate import Curate, Pair
 from posttrain.train.generate import Generate
 from posttrain.train.reward import open_scoring
-from posttrain.train.rewards import RewardModels
+from posttrain.train.rewards import RewardModels, ScoreRows
 from posttrain.train.rollout import Rollout
-from posttrain.train.row_rewards import Rewarded
 
 SETTINGS = {
     "prompts": (Characters(operation="reverse", letters=3), Characters(operation="copy", letters=3)),
@@ -343,7 +342,7 @@ def test_a_reward_model_chooses_among_rows_as_it_scores_rollouts(generated, tmp_
     checkpoint.save_model(tmp_path / "judge" / "model", open_scoring("tiny", mesh))
     source = RewardModels(models=(str(tmp_path / "judge"),))
     compute = Compute(row_tokens=64, micro_rows=8)
-    scorer = Rewarded(source=source, tokenizer="tiny", compute=compute)
+    scorer = ScoreRows(models=source.models, compute=compute)
     Curate(
         rows=(str(generated),), filters=(), scorer=scorer, best=(outcome.BestByReward(count=1),)
     ).train(tmp_path / "kept", mesh)  # fmt: skip
