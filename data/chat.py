@@ -20,6 +20,11 @@ class WithTools(NamedTuple):
 Conversation = Sequence[Message] | WithTools
 
 
+def messages_of(conversation: Conversation) -> tuple[Message, ...]:
+    """The messages of a conversation, without the tools."""
+    return conversation.messages if isinstance(conversation, WithTools) else tuple(conversation)
+
+
 def render(
     tokenizer: Tokenizer,
     messages: Sequence[Message],

@@ -28,9 +28,8 @@ from posttrain.train.compute import Compute
 from posttrain.train.curate import Curate, Pair
 from posttrain.train.generate import Generate
 from posttrain.train.reward import open_scoring
-from posttrain.train.rewards import RewardModels
+from posttrain.train.rewards import RewardModels, ScoreRows
 from posttrain.train.rollout import Rollout
-from posttrain.train.row_rewards import Rewarded
 from posttrain.train.stop import Interrupted
 
 SETTINGS = {
@@ -344,12 +343,12 @@ def test_a_reward_model_chooses_among_rows_as_it_scores_rollouts(generated, tmp_
     checkpoint.save_model(tmp_path / "judge" / "model", open_scoring("tiny", mesh))
     source = RewardModels(models=(str(tmp_path / "judge"),))
     compute = Compute(row_tokens=64, micro_rows=8)
-    scorer = Rewarded(source=source, tokenizer="tiny", compute=compute)
+    scorer = ScoreRows(models=source.models, compute=compute)
     Curate(
         rows=(str(generated),), filters=(), scorer=scorer, best=(outcome.BestByReward(count=1),)
     ).train(tmp_path / "kept", mesh)  # fmt: skip
     rows, tok = shards.read_rows(tmp_path / "kept"), tokenizer.tiny()
-    dropped = {row.id: row.reward for row in shards.read_rows(tmp_path / "kept", "dropped")}
+    dropped = {row.id: row.reward or 0.0 for row in shards.read_rows(tmp_path / "kept", "dropped")}
     assert len(rows) == len({row.prompt_id for row in rows}) and dropped
     first = next(row for row in rows if any(row.prompt_id in id for id in dropped))
     assert first.reward is not None

@@ -18,7 +18,7 @@ from . import programs
 from .metrics import Log
 
 Scorer = Callable[[Sequence[Row], jax.sharding.Mesh | None], Sequence[float]]
-"""What gives rows their rewards, such as `row_rewards.Rewarded`: finite numbers, the higher the better. In a recipe a
+"""What gives rows their rewards, such as `rewards.ScoreRows`: finite numbers, the higher the better. In a recipe a
 frozen dataclass of settings with a `__call__`."""
 
 

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ..data import preferences
+from ..data import chat, preferences
 from ..data.batch import Batch
-from ..data.chat import WithTools
 from ..data.conversations import Demonstrations, Files
 from ..data.pack import Example, Group, pack_groups
 from ..data.preferences import Paired, Ranking, Rankings
@@ -255,9 +254,8 @@ class Reward:
         if self.demonstrations is None:
             return params
         shown = self.demonstrations.open()
-        found = [shown[i] for i in range(min(self.limit, len(shown)))]
-        conversations = [one.messages if isinstance(one, WithTools) else one for one in found]
-        rankings = [Ranking(tuple(one[:-1]), (tuple(one[-1:]),), (1.0,)) for one in conversations]
+        conversations = [chat.messages_of(shown[i]) for i in range(min(self.limit, len(shown)))]
+        rankings = [Ranking(one[:-1], (one[-1:],), (1.0,)) for one in conversations]
         groups = [preferences.group(tokenizer, one) for one in rankings]
         mean = np.mean(scores((config, params), groups, self.compute, mesh), dtype=np.float64)
         bias = params["score_bias"]
