@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import shutil
 import time
@@ -114,7 +115,7 @@ def shrunk(stage: Any) -> Any:
 
 
 def settings(value: Any) -> Any:
-    """Plain JSON of a stage: nested dataclasses become objects that name their class."""
+    """Plain JSON of a stage: nested dataclasses become objects that name their class, functions their full name."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: settings(vars(value)[field.name]) for field in dataclasses.fields(value)}
         return {"kind": type(value).__name__, **fields}
@@ -124,6 +125,8 @@ def settings(value: Any) -> Any:
         return [settings(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if inspect.isfunction(value) and "<" not in value.__qualname__:
+        return f"{value.__module__}.{value.__qualname__}"
     raise TypeError(f"a stage's settings hold a {type(value).__name__} ({value!r}), which cannot be written as JSON")
 
 

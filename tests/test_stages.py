@@ -24,8 +24,9 @@ from posttrain.train.convert import Convert
 from posttrain.train.distill import Distill, FullVocabulary, SampledToken
 from posttrain.train.evaluate import Evaluate, wilson
 from posttrain.train.merge import Dare, Linear, Slerp, TaskArithmetic, Ties
+from posttrain.train.objective import Objective, UnbiasedKL
 from posttrain.train.optimizer import AdamW
-from posttrain.train.rl import RL, Objective
+from posttrain.train.rl import RL
 from posttrain.train.sft import SFT
 
 COMPUTE = Compute(row_tokens=48, micro_rows=8, slots=8)
@@ -35,7 +36,15 @@ SHARED = {"start": "tiny", "steps": 2, "compute": COMPUTE}
 PAIR = {"models": ("tiny", "tiny")}
 STAGES = [
     SFT(data=Demonstrations(tasks=TASKS), batch_size=8, **SHARED),
-    RL(tasks=TASKS, sampling=SAMPLING, prompts=2, group=4, updates=2, objective=Objective(kl_weight=0.1), **SHARED),
+    RL(
+        tasks=TASKS,
+        sampling=SAMPLING,
+        prompts=2,
+        group=4,
+        updates=2,
+        objective=Objective(kl=UnbiasedKL(weight=0.1)),
+        **SHARED,
+    ),
     Distill(teachers={"north": "tiny"}, tasks=TASKS, sampling=SAMPLING, objective=FullVocabulary(), **SHARED),
     Distill(teachers={"north": "tiny"}, tasks=TASKS, sampling=SAMPLING, objective=SampledToken(), **SHARED),
     Evaluate(model="tiny", tasks=(TASKS,), sampling=SAMPLING, compute=COMPUTE),

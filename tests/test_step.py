@@ -14,6 +14,7 @@ from posttrain.model import config as configs
 from posttrain.model import transformer
 from posttrain.sharding import mesh as meshes
 from posttrain.train import checkpoint, distill, rl, sft, state, step
+from posttrain.train.objective import UnbiasedKL
 from posttrain.train.optimizer import AdamW
 from posttrain.train.updater import Updater, micro_batches
 
@@ -26,7 +27,7 @@ ADAM = AdamW(learning_rate=1e-2, eps=1e-4).build(3)
 FIELDS = ("advantage", "behavior_logp", "old_logp", "reference_logp", "teacher_logp")
 LOSSES = {
     "sft": sft.loss(CONFIG),
-    "rl": rl.loss(CONFIG, rl.Objective(kl_weight=0.1)),
+    "rl": rl.loss(CONFIG, rl.Objective(kl=UnbiasedKL(weight=0.1))),
     "sampled": distill.SampledToken(outcome=0.3).loss(CONFIG),
     "full": distill.FullVocabulary(chunk=24, outcome=0.3).loss(CONFIG),
 }

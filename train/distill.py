@@ -22,7 +22,7 @@ from . import checkpoint, loop, programs, rollout, score, state
 from .compute import Compute
 from .losses import distill, masked, policy
 from .metrics import Log
-from .optimizer import AdamW
+from .optimizer import AdamW, Optimizer
 from .rollout import Rollout, Sampler
 from .step import Loss, State, Sums, make_train_step
 from .teachers import Teachers
@@ -168,7 +168,7 @@ class Distill:
     prompts: int = 24
     samples: int = 1
     objective: SampledToken | FullVocabulary = field(default_factory=FullVocabulary)
-    optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=1e-5))
+    optimizer: Optimizer = field(default_factory=lambda: AdamW(learning_rate=1e-5))
     compute: Compute = field(default_factory=Compute)
     verifiers: int = 1
     seed: int = 0

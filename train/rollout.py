@@ -4,9 +4,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from ..data import chat
 from ..data.pack import Example, Group, pack_groups
@@ -27,7 +29,8 @@ class Rollout:
     """One answer to a task, token in, token out: text is never tokenised again.
 
     `logp` is the sampler's log-probability per token of `tokens`; `finish` is "stop" or "length" (cut, not finished);
-    `version` counts the updates of the policy that sampled.
+    `version` counts the updates of the policy that sampled; `kept`, if asked for, says which tokens could be drawn
+    (uint8 [N, ceil(V / 8)]).
     """
 
     task: Task
@@ -38,17 +41,22 @@ class Rollout:
     reason: str
     finish: str
     version: int
+    kept: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Samples and judges for one stage: sampling settings, slots, mesh, verifiers, log. A stop ends it midway."""
+    """Samples and judges for one stage: sampling settings, slots, mesh, verifiers, log. A stop ends it midway.
+
+    `return_kept` asks for the tokens that could be drawn, V / 8 bytes for each that was.
+    """
 
     sampling: Sampling
     slots: int
     mesh: jax.sharding.Mesh
     pool: VerifierPool
     log: Log
+    return_kept: bool = False
 
     def rollouts(
         self, model: Model, tasks: Sequence[Task], *, num_samples: int, noise: sample.Noise, version: int = 0
@@ -66,6 +74,7 @@ class Sampler:
                 noise=noise,
                 slots=self.slots,
                 mesh=self.mesh,
+                return_kept=self.return_kept,
                 on_finish=lambda _: check_stop(),
             )
         with self.log.phase("verify"):
@@ -90,6 +99,7 @@ class Sampler:
             reason=verdict.reason,
             finish=answer.finish,
             version=version,
+            kept=answer.kept,
         )
 
 
@@ -112,20 +122,42 @@ def group(rollouts: Sequence[Rollout], **fields: Sequence[float] | Sequence[np.n
     return Group(prompt=rollouts[0].prompt, answers=answers)
 
 
-_centered = jax.jit(advantage.group_centered)
+def centered(rewards: Float[Array, "P G"], num_tokens: Int[Array, "P G"]) -> Float[Array, "P G"]:
+    """Reward minus the group's mean, whatever the answers' lengths."""
+    return advantage.group_centered(rewards)
+
+
+_advantages = jax.jit(lambda compare, rewards, num_tokens: compare(rewards, num_tokens), static_argnums=0)
 
 
 def micro_batches(
-    groups: Sequence[Sequence[Rollout]], compute: Compute, mesh: jax.sharding.Mesh
+    groups: Sequence[Sequence[Rollout]],
+    compute: Compute,
+    mesh: jax.sharding.Mesh,
+    *,
+    compare: Callable[[Array, Array], Array] = centered,
+    with_kept: bool = False,
 ) -> list[dict[str, jax.Array]]:
-    """The groups packed, each prompt once, with the sampler's log-probs and the group-centred advantages."""
-    # A group at a time: their number changes from step to step, and a program is compiled for each shape.
-    advantages = [_centered(np.array([[r.reward for r in one]], np.float32))[0] for one in groups]
-    packed = pack_groups(
-        [group(one, advantage=np.asarray(values)) for one, values in zip(groups, advantages, strict=True)],
-        length=compute.row_tokens,
-        fields=("advantage", "behavior_logp"),
-    )
+    """The groups packed, each prompt once, with the sampler's log-probs and the advantages of the answers.
+
+    Args:
+        groups: answers to each prompt.
+        compute: of the stage.
+        mesh: where they go.
+        compare: rewards and lengths of groups, [P, G] each, to advantages.
+        with_kept: whether to carry the tokens that the sampler could draw.
+    """
+    packed_groups = []
+    for one in groups:
+        # A group at a time: their number changes from step to step, and a program is compiled for each shape.
+        rewards = np.array([[r.reward for r in one]], np.float32)
+        lengths = np.array([[len(r.tokens) for r in one]], np.int32)
+        fields: dict[str, Any] = {"advantage": np.asarray(_advantages(compare, rewards, lengths)[0])}
+        if with_kept:
+            fields["kept"] = [r.kept for r in one]
+        packed_groups.append(group(one, **fields))
+    names = ("advantage", "behavior_logp", *(["kept"] if with_kept else []))
+    packed = pack_groups(packed_groups, length=compute.row_tokens, fields=names)
     return updater.micro_batches(packed.batch, compute.rows(mesh), mesh)
 
 

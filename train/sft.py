@@ -22,7 +22,7 @@ from . import checkpoint, loop, programs
 from .compute import Compute
 from .losses import masked, supervised
 from .metrics import Log
-from .optimizer import AdamW
+from .optimizer import AdamW, Optimizer
 from .step import Loss, State, make_train_step
 from .updater import Updater, micro_batches
 
@@ -71,7 +71,7 @@ class SFT:
     data: Files | Demonstrations
     steps: int
     batch_size: int = 32
-    optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=1e-5, schedule="cosine", final=0.1))
+    optimizer: Optimizer = field(default_factory=lambda: AdamW(learning_rate=1e-5, schedule="cosine", final=0.1))
     compute: Compute = field(default_factory=Compute)
     seed: int = 0
 
