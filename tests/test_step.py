@@ -192,8 +192,9 @@ def test_the_state_is_made_sharded_and_no_device_holds_a_whole_matrix():
     assert len(matrices) >= 3 * 8
     for leaf in matrices:
         norm = leaf.shape == (2, 128)  # the layers' norms are replicated
+        parts = 2 if model.config.vocab_size in leaf.shape else 4  # a vocabulary of 267 does not split over tensor
         held = {shard.data.size for shard in leaf.addressable_shards}
-        assert held == {leaf.size if norm else leaf.size // 4}, leaf.shape
+        assert held == {leaf.size if norm else leaf.size // parts}, leaf.shape
     abstract = state.abstract(model.config, optimizer, mesh)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding), now, abstract)
     assert all(jax.tree.leaves(same))
