@@ -124,7 +124,8 @@ def test_every_correction_leaves_a_sampler_that_is_the_trainer_alone_and_changes
     np.testing.assert_allclose(np.asarray(which(same))[here], 1.0, rtol=1e-6)
     other = tokens._replace(age=jnp.ones_like(tokens.age))
     assert np.any(np.abs(np.asarray(which(other))[here] - 1) > 0.01) == (name != "none")
-    measured = correction.measured(which, tokens.old_logp, tokens)
+    given = tokens.old_logp, tokens.behavior_logp, tokens.mask
+    measured = correction.measured(*given, low=which.low, high=which.high)
     gap = np.abs(np.asarray(tokens.old_logp - tokens.behavior_logp))[here]
     np.testing.assert_allclose(measured["mismatch"].total / measured["mismatch"].weight, np.mean(gap), rtol=1e-5)
     np.testing.assert_allclose(measured["mismatch_max"].value, np.max(gap), rtol=1e-6)

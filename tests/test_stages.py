@@ -21,13 +21,14 @@ from posttrain.sharding import mesh as meshes
 from posttrain.train import checkpoint, distill, evaluate, metrics, rl, sft, state
 from posttrain.train.compute import Compute
 from posttrain.train.convert import Convert
-from posttrain.train.distill import Distill, FullVocabulary, SampledToken
+from posttrain.train.distill import Distill
 from posttrain.train.evaluate import Evaluate, wilson
 from posttrain.train.merge import Dare, Linear, Slerp, TaskArithmetic, Ties
 from posttrain.train.objective import Objective, UnbiasedKL
 from posttrain.train.optimizer import AdamW
 from posttrain.train.rl import RL
 from posttrain.train.sft import SFT
+from posttrain.train.teaching import FullVocabulary, SampledToken, TopK
 
 COMPUTE = Compute(row_tokens=48, micro_rows=8, slots=8)
 SAMPLING = Sampling(max_tokens=4)
@@ -47,6 +48,15 @@ STAGES = [
     ),
     Distill(teachers={"north": "tiny"}, tasks=TASKS, sampling=SAMPLING, objective=FullVocabulary(), **SHARED),
     Distill(teachers={"north": "tiny"}, tasks=TASKS, sampling=SAMPLING, objective=SampledToken(), **SHARED),
+    Distill(
+        teachers={"north": "tiny"},
+        tasks=TASKS,
+        sampling=SAMPLING,
+        objective=TopK(k=4),
+        weights={"north": 2.0},
+        on_policy=0.5,
+        **SHARED,
+    ),
     Evaluate(model="tiny", tasks=(TASKS,), sampling=SAMPLING, compute=COMPUTE),
     Convert(source="tiny"),
     Linear(**PAIR),

@@ -134,16 +134,20 @@ def interpolated(logp: Float[Array, "B T"], batch: Mapping[str, Array]) -> Float
     return mismatch.interpolated_old_logp(logp, batch["behavior_logp"], batch["age"])
 
 
-def measured(correction: Correction, trainer_logp: Float[Array, "B T"], tokens: Tokens) -> dict[str, Any]:
-    """How far sampler and trainer are apart: mean and largest |log trainer - log sampler|, share of ratios outside.
-
-    `trainer_logp` is `scored`, whatever the objective takes for pi_old.
-    """
-    gap = mismatch.log_ratio(trainer_logp, tokens.behavior_logp)
-    ratio, weight = jnp.exp(gap), masked.weight(tokens.mask)
-    outside = ((ratio < correction.low) | (ratio > correction.high)).astype(jnp.float32)
+def measured(
+    trainer_logp: Float[Array, "B T"],
+    behavior_logp: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    *,
+    low: float,
+    high: float,
+) -> dict[str, Any]:
+    """How far sampler and trainer are apart: mean and largest |log trainer - log sampler|, share of ratios outside."""
+    gap = mismatch.log_ratio(trainer_logp, behavior_logp)
+    ratio, weight = jnp.exp(gap), masked.weight(mask)
+    outside = ((ratio < low) | (ratio > high)).astype(jnp.float32)
     return {
-        "mismatch": Mean(masked.sum(jnp.abs(gap), tokens.mask), weight),
-        "mismatch_max": Max(jnp.max(jnp.where(tokens.mask != 0, jnp.abs(gap), 0.0), initial=0.0)),
-        "mismatch_outside": Mean(masked.sum(outside, tokens.mask), weight),
+        "mismatch": Mean(masked.sum(jnp.abs(gap), mask), weight),
+        "mismatch_max": Max(jnp.max(jnp.where(mask != 0, jnp.abs(gap), 0.0), initial=0.0)),
+        "mismatch_outside": Mean(masked.sum(outside, mask), weight),
     }

@@ -4,6 +4,7 @@ What is minimised is an `objective.Objective`; the default is OlmoRL's, https://
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,8 +57,9 @@ def loss(config: ModelConfig, objective: Objective | None = None, *, temperature
             age=batch.get("age", jnp.zeros_like(batch["tokens"])),
         )
         total, divisor, metrics = parts.loss(tokens, batch.get("reference_logp"))
-        trainer = correction.scored(logp, batch)
-        return total, divisor, metrics | correction.measured(parts.correction, trainer, tokens)
+        given = correction.scored(logp, batch), batch["behavior_logp"], batch["mask"]
+        bounds = {"low": parts.correction.low, "high": parts.correction.high}
+        return total, divisor, metrics | correction.measured(*given, **bounds)
 
     return compute
 
@@ -188,7 +190,8 @@ class RL:
     def _micro_batches(self, groups: Sequence[Sequence[Rollout]], mesh: jax.sharding.Mesh) -> list[list[dict]]:
         """Per update, the micro-batches of its share of the groups."""
         share = max(1, -(-len(groups) // self.updates))
-        how = {"compare": self.objective.advantages, "with_kept": self.objective.keep_sampling_mask}
+        fields = {"kept": operator.attrgetter("kept")} if self.objective.keep_sampling_mask else {}
+        how = {"compare": self.objective.advantages, "fields": fields}
         return [
             rollout.micro_batches(groups[i : i + share], self.compute, mesh, **how)
             for i in range(0, len(groups), share)

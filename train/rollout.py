@@ -1,7 +1,9 @@
 """Rollouts: sample answers to tasks, have them judged, keep the very tokens that were sampled."""
 
+import dataclasses
 import json
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from ..data import chat
 from ..data.pack import Example, Group, pack_groups
 from ..data.task import Task
+from ..data.tokenizer import Tokenizer
 from ..data.verify.pool import VerifierPool
 from ..model import sample
 from ..model.processing import Sampling
@@ -103,6 +106,27 @@ class Sampler:
         )
 
 
+def retold(rollouts: Sequence[Rollout], speaker: Tokenizer, listener: Tokenizer) -> list[Rollout]:
+    """Answers of a model with another tokenizer, as a model with the `listener`'s learns them: through their text.
+
+    They are rendered as the training text of a conversation is, with its end of turn if they came to one. Their
+    log-probabilities, which are of other tokens, become 0. With the same tokenizer nothing is changed.
+    """
+    if speaker.fingerprint == listener.fingerprint:
+        return list(rollouts)
+    messages = rollouts[0].task.messages
+    prompt = chat.render(listener, messages, add_generation_prompt=True)
+
+    def heard(one: Rollout) -> Rollout:
+        text = speaker.decode(one.tokens.tolist(), skip_special=True)
+        tokens, mask = chat.render_with_mask(listener, (*messages, {"role": "assistant", "content": text}))
+        stop = len(mask) - mask[::-1].index(1) - (one.finish == "length")
+        answer = np.asarray(tokens[len(prompt) : max(stop, len(prompt) + 1)])
+        return dataclasses.replace(one, prompt=prompt, tokens=answer, logp=np.zeros(len(answer), np.float32))
+
+    return [heard(one) for one in rollouts]
+
+
 def with_stops(sampling: Sampling, model: Model) -> Sampling:
     """The settings with the tokenizer's end-of-response tokens as stop ids, where none are given."""
     stops = sampling.stop_ids or tuple(model.tokenizer.eos_ids)
@@ -136,7 +160,7 @@ def micro_batches(
     mesh: jax.sharding.Mesh,
     *,
     compare: Callable[[Array, Array], Array] = centered,
-    with_kept: bool = False,
+    fields: Mapping[str, Callable[[Rollout], Any]] = types.MappingProxyType({}),
 ) -> list[dict[str, jax.Array]]:
     """The groups packed, each prompt once, with the sampler's log-probs and the advantages of the answers.
 
@@ -145,18 +169,16 @@ def micro_batches(
         compute: of the stage.
         mesh: where they go.
         compare: rewards and lengths of groups, [P, G] each, to advantages.
-        with_kept: whether to carry the tokens that the sampler could draw.
+        fields: further values to carry, by name: a number, or an array with one entry per token, of each answer.
     """
     packed_groups = []
     for one in groups:
         # A group at a time: their number changes from step to step, and a program is compiled for each shape.
         rewards = np.array([[r.reward for r in one]], np.float32)
         lengths = np.array([[len(r.tokens) for r in one]], np.int32)
-        fields: dict[str, Any] = {"advantage": np.asarray(_advantages(compare, rewards, lengths)[0])}
-        if with_kept:
-            fields["kept"] = [r.kept for r in one]
-        packed_groups.append(group(one, **fields))
-    names = ("advantage", "behavior_logp", *(["kept"] if with_kept else []))
+        further = {name: [value(r) for r in one] for name, value in fields.items()}
+        packed_groups.append(group(one, advantage=np.asarray(_advantages(compare, rewards, lengths)[0]), **further))
+    names = ("advantage", "behavior_logp", *fields)
     packed = pack_groups(packed_groups, length=compute.row_tokens, fields=names)
     return updater.micro_batches(packed.batch, compute.rows(mesh), mesh)
 

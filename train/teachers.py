@@ -9,24 +9,38 @@ from ..data.tokenizer import Tokenizer
 from ..model.config import ModelConfig
 from . import checkpoint
 from .compute import Compute
+from .endpoint import Endpoint
 
 
 class Teachers:
     """Opens each teacher once, keeps it in host memory beside its mesh, and hands it to the device when asked.
 
-    Raises ValueError for a teacher whose tokenizer is not the student's: token distributions over different
-    vocabularies cannot be compared.
+    Raises ValueError for a teacher whose tokenizer is not the student's, unless any will do: token distributions over
+    different vocabularies cannot be compared. Endpoints are asked to spell a text, and stay where they are.
     """
 
-    def __init__(self, paths: Mapping[str, str], student: Tokenizer, compute: Compute, mesh: jax.sharding.Mesh) -> None:
+    def __init__(
+        self,
+        teachers: Mapping[str, str | Endpoint],
+        student: Tokenizer,
+        compute: Compute,
+        mesh: jax.sharding.Mesh,
+        *,
+        any_tokenizer: bool = False,
+    ) -> None:
+        for endpoint in {teacher for teacher in teachers.values() if isinstance(teacher, Endpoint)}:
+            endpoint.check_tokenizer(student)
+        paths = {domain: teacher for domain, teacher in teachers.items() if isinstance(teacher, str)}
         distinct = dict.fromkeys(paths.values())
-        for path in distinct:
-            _same_tokenizer(path, checkpoint.open_tokenizer(path), student)
+        self._tokenizers = {path: checkpoint.open_tokenizer(path) for path in distinct}
+        for path, own in self._tokenizers.items():
+            if not any_tokenizer:
+                _same_tokenizer(path, own, student)
         self._configs: dict[str, ModelConfig] = {
             path: compute.configure(checkpoint.open_config(path)) for path in distinct
         }
         self._hosted = {path: _moved(checkpoint.open_model(path, mesh).params, "pinned_host") for path in distinct}
-        self._paths = dict(paths)
+        self._paths = paths
         self._on_device: tuple[str, Any] | None = None
 
     def __call__(self, domain: str) -> tuple[ModelConfig, Any]:
@@ -40,6 +54,10 @@ class Teachers:
             self._on_device = path, _moved(self._hosted[path], "device")
         return self._configs[path], self._on_device[1]
 
+    def model(self, domain: str) -> checkpoint.Model:
+        """A domain's teacher, ready to answer; the one before it leaves the device."""
+        return checkpoint.Model(*self(domain), self._tokenizers[self._paths[domain]])
+
 
 def _moved(params: Any, kind: str) -> Any:
     return jax.block_until_ready(jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)), params))
@@ -49,5 +67,6 @@ def _same_tokenizer(path: str, teacher: Tokenizer, student: Tokenizer) -> None:
     if teacher.fingerprint != student.fingerprint:
         raise ValueError(
             f"teacher {path} has another tokenizer ({teacher.fingerprint[:12]}) than the student "
-            f"({student.fingerprint[:12]}): distil it from its generated text instead, by SFT"
+            f"({student.fingerprint[:12]}): their tokens cannot be compared; learn its answers as text instead, with "
+            "the objective SequenceLevel and on_policy 0, or by SFT on what it generated"
         )
