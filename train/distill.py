@@ -32,6 +32,7 @@ from .step import State, Sums, make_train_step
 from .teachers import Teachers
 from .teaching import FullVocabulary, MiniLLM, Objective, SampledToken, SequenceLevel
 from .updater import Updater
+from .validation import Validation
 
 Teacher = str | Endpoint
 """A checkpoint, or a server that says how likely given tokens are."""
@@ -72,6 +73,7 @@ class Distill:
     on_policy: float = 1.0
     optimizer: Optimizer = field(default_factory=lambda: AdamW(learning_rate=1e-5))
     compute: Compute = field(default_factory=Compute)
+    validation: Validation | None = None
     verifiers: int = 1
     seed: int = 0
 
@@ -143,6 +145,7 @@ class Distill:
                 save_every=self.compute.save_every,
                 mesh=mesh,
                 iterate=iterate,
+                validate=self.validation and self.validation.start(out, self.start, self.compute, mesh, pool),
             )
 
     @property
@@ -229,6 +232,8 @@ class Distill:
         if own < self.steps:
             told = programs.generation(teacher, self.sampling, self.compute, mesh, **of, times=self.steps - own)
             named |= {f"teacher {name}": program for name, program in told.items()}
+        if self.validation:
+            named |= self.validation.programs(config, self.compute, mesh, steps=self.steps, resident=beside)
         return named
 
     def result(self) -> ModelConfig:

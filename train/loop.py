@@ -14,11 +14,14 @@ from . import checkpoint
 from . import state as states
 from .checkpoint import Checkpoints
 from .metrics import Log
+from .optimizer import average_of
 from .step import State
 
 Cursor = dict[str, Any]
 _Line = tuple[int, Mapping[str, Any], dict[str, float]]
 Iterate = Callable[[State, Cursor, Log], tuple[State, Cursor, Mapping[str, Any]]]
+Validate = Callable[[State, Cursor, Log, bool], Cursor]
+"""`validate(state, cursor, log, is_last) -> cursor`, where all is safe to interrupt."""
 
 
 class Interrupted(Exception):
@@ -50,6 +53,7 @@ def run(
     save_every: int,
     mesh: jax.sharding.Mesh,
     iterate: Iterate,
+    validate: Validate | None = None,
 ) -> None:
     """Train a model until `steps` iterations are done, from the newest checkpoint if there is one; store the result.
 
@@ -62,6 +66,9 @@ def run(
         mesh: where the state lies.
         iterate: one iteration: (state, cursor, log) -> (state, cursor, metrics). It may donate the state, but only once
             nothing can interrupt it any more. `cursor["iteration"]` counts what is done.
+        validate: called before each iteration and after the last; the run ends where its cursor says "stopped".
+
+    Where the optimizer keeps an average of the weights, that is stored too, in `out`/ema/model.
 
     Raises:
         Interrupted: after a signal, with everything that was done saved.
@@ -77,9 +84,14 @@ def run(
     try:
         with Log(out, title=out.name, total=steps, start=cursor["iteration"]) as log:
             waiting: list[_Line] = []
-            while cursor["iteration"] < steps:
+            while True:
                 try:
                     check_stop()
+                    is_last = cursor["iteration"] >= steps
+                    if validate is not None:
+                        cursor = validate(state, cursor, log, is_last)
+                    if is_last or cursor.get("stopped"):
+                        break
                     state, cursor, metrics = iterate(state, cursor, log)
                 except Interrupted:
                     _write(log, waiting)
@@ -98,7 +110,9 @@ def run(
             _write(log, waiting)
     finally:
         checkpoints.close()
-    tokenizer = checkpoint.open_tokenizer(start)
+    tokenizer, average = checkpoint.open_tokenizer(start), average_of(state.opt_state)
+    if average is not None:
+        checkpoint.save_model(out / "ema" / "model", checkpoint.Model(config, average, tokenizer))
     checkpoint.save_model(out / "model", checkpoint.Model(config, state.params, tokenizer))
 
 

@@ -31,6 +31,7 @@ from .rollout import Rollout, Sampler
 from .step import Loss, State, make_train_step
 from .surrogate import Tokens
 from .updater import Updater
+from .validation import Validation
 
 
 def loss(config: ModelConfig, objective: Objective | None = None, *, temperature: float = 1.0) -> Loss:
@@ -95,6 +96,7 @@ class RL:
     reference_every: int = 0
     optimizer: Optimizer = field(default_factory=lambda: AdamW(learning_rate=1e-6))
     compute: Compute = field(default_factory=Compute)
+    validation: Validation | None = None
     verifiers: int = 1
     seed: int = 0
 
@@ -154,6 +156,7 @@ class RL:
                 save_every=self.compute.save_every,
                 mesh=mesh,
                 iterate=iterate,
+                validate=self.validation and self.validation.start(out, self.start, self.compute, mesh, pool),
             )
 
     def behavior(self, params: Any, step: int) -> Any:
@@ -245,6 +248,8 @@ class RL:
                 calls=scorings * named["gradients"].calls,
                 tokens=named["gradients"].tokens,
             )
+        if self.validation:
+            named |= self.validation.programs(config, self.compute, mesh, steps=self.steps, resident=beside)
         of = {"group": self.group, "answers": answers, "times": self.steps, "resident": beside}
         return named | programs.generation(config, self.sampling, self.compute, mesh, **of)
 
