@@ -44,9 +44,7 @@ def main() -> None:
     roles = rl_cluster.Role
     adamw = optax.adamw(given["learning_rate"], weight_decay=0.0)
     training = rl_cluster.RLTrainingConfig(
-        actor_optimizer=optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adamw(given["learning_rate"], weight_decay=0)
-        ),
+        actor_optimizer=optax.chain(optax.clip_by_global_norm(1.0), adamw),
         eval_every_n_steps=1_000_000,
         max_steps=total,
         mini_batch_size=given["batch"],

@@ -3,11 +3,21 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import template
 from .task import Message
 from .tokenizer import Tokenizer
+
+
+class WithTools(NamedTuple):
+    """A conversation whose assistant was offered tools, given as JSON schemas."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...]
+
+
+Conversation = Sequence[Message] | WithTools
 
 
 def render(

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -62,7 +63,7 @@ class Training:
         check_stop()
         stage = shrunk(stage) if self.smoke else stage
         folder = self.out / name
-        self._remember(folder, stage)
+        remember(folder, stage, self.out)
         if not (folder / "DONE").exists():
             with _attempt(folder):
                 stage.train(folder, self.mesh)
@@ -71,21 +72,27 @@ class Training:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return str(folder)
 
-    def _remember(self, folder: Path, stage: Stage) -> None:
-        now = relative(settings(stage), self.out)
-        path = folder / "stage.json"
-        if path.exists():
-            changes = differences(json.loads(path.read_text()), now)
-            if changes:
-                raise SettingsChangedError(
-                    f"{folder} was started with other settings ({'; '.join(changes)}): "
-                    "give another --out, restore the settings, or delete that folder"
-                )
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(now, indent=2) + "\n")
-        partial.rename(path)
+
+def remember(folder: Path, stage: Stage, out: Path) -> None:
+    """Write the settings of a stage to `folder`/stage.json, or compare them with those that are there.
+
+    Raises:
+        SettingsChangedError: if they differ.
+    """
+    now = relative(settings(stage), out)
+    path = folder / "stage.json"
+    if path.exists():
+        changes = differences(json.loads(path.read_text()), now)
+        if changes:
+            raise SettingsChangedError(
+                f"{folder} was started with other settings ({'; '.join(changes)}): "
+                "give another --out, restore the settings, or delete that folder"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(now, indent=2) + "\n")
+    partial.rename(path)
 
 
 @contextlib.contextmanager
@@ -109,15 +116,23 @@ SMOKE = {"steps": 2, "limit": 4}
 
 
 def shrunk(stage: Any) -> Any:
-    """The stage with few steps and items, to see a recipe run from end to end."""
+    """The stage with few steps and items, to see a recipe run from end to end.
+
+    Filters are left out: of the answers of a model that has learned nothing they would leave nothing.
+    """
     fields = {field.name for field in dataclasses.fields(stage)}
-    return dataclasses.replace(stage, **{k: min(v, getattr(stage, k)) for k, v in SMOKE.items() if k in fields})
+    smaller: dict[str, Any] = {k: min(v, getattr(stage, k)) for k, v in SMOKE.items() if k in fields}
+    return dataclasses.replace(stage, **smaller, **({"filters": ()} if "filters" in fields else {}))
 
 
 def settings(value: Any) -> Any:
-    """Plain JSON of a stage: nested dataclasses become objects that name their class, functions their full name."""
+    """Plain JSON of a stage: nested dataclasses become objects that name their class, functions their full name.
+
+    Fields that a dataclass leaves out of comparisons (`compare=False`) may differ when a run goes on.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: settings(vars(value)[field.name]) for field in dataclasses.fields(value)}
+        compared = (field.name for field in dataclasses.fields(value) if field.compare)
+        fields = {name: settings(vars(value)[name]) for name in compared}
         return {"kind": type(value).__name__, **fields}
     if isinstance(value, Mapping):
         return {str(key): settings(item) for key, item in value.items()}

@@ -1,5 +1,6 @@
 """Task sources by the words that name them on the command line."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -7,13 +8,46 @@ from ..data.arithmetic import Arithmetic
 from ..data.characters import Characters
 from ..data.instruction_tasks import ALL_KINDS, Instructions
 from ..data.jsonl_tasks import JsonlTasks
-from ..data.task import TaskSource
+from ..data.task import Task, TaskSource, Verdict
 from ..data.verify.choice import Choice
+from ..data.verify.code import CodeOutput, UnitTests
+from ..data.verify.ifeval import IFEval
 from ..data.verify.maths import FinalNumber
+from ..data.verify.rewards import Citations
+from ..data.verify.sql import SqlRows
 from ..data.verify.text import ExactText
+from ..data.verify.tool_calls import ToolCalls
 
-Verifier = Literal["number", "text", "choice"]
-VERIFIERS = {"number": FinalNumber, "text": ExactText, "choice": Choice}
+Verifier = Literal[
+    "number",
+    "formula",
+    "text",
+    "choice",
+    "code",
+    "unit-tests",
+    "sql",
+    "json-schema",
+    "tool-calls",
+    "ifeval",
+    "citations",
+]
+VERIFIERS = {
+    "number": FinalNumber, "text": ExactText, "choice": Choice, "code": CodeOutput, "unit-tests": UnitTests,
+    "sql": SqlRows, "tool-calls": ToolCalls, "ifeval": IFEval, "citations": Citations,
+}  # fmt: skip
+
+
+def judge(name: Verifier) -> Callable[[Task, str], Verdict]:
+    """The verifier of a name; those of optional packages are imported when they are asked for."""
+    if name == "formula":
+        from ..data.verify.symbolic import MathVerify
+
+        return MathVerify()
+    if name == "json-schema":
+        from ..data.verify.json_schema import JsonSchema
+
+        return JsonSchema()
+    return VERIFIERS[name]()
 
 
 def source(spec: str, *, verifier: Verifier = "number") -> TaskSource:
@@ -24,7 +58,7 @@ def source(spec: str, *, verifier: Verifier = "number") -> TaskSource:
     """
     name, _, rest = spec.partition(":")
     if spec.endswith(".jsonl"):
-        found = JsonlTasks(path=spec, verifier=VERIFIERS[verifier](), name=Path(spec).stem)
+        found = JsonlTasks(path=spec, verifier=judge(verifier), name=Path(spec).stem)
         len(found)  # reads the file: what is wrong with it is said before a model is loaded
         return found
     if name == "arithmetic" and (not rest or rest.isdecimal()):

@@ -18,6 +18,7 @@ from posttrain.data import chat
 from posttrain.data import tokenizer as tokenizers
 from posttrain.data.characters import Characters
 from posttrain.data.conversations import Demonstrations
+from posttrain.data.endpoint import Client, Endpoint, EndpointError
 from posttrain.data.pack import Example, Group, pack_groups
 from posttrain.data.tasks import Mixture
 from posttrain.model import config as configs
@@ -27,7 +28,6 @@ from posttrain.sharding import mesh as meshes
 from posttrain.train import checkpoint, distill, metrics, score, step
 from posttrain.train.compute import Compute
 from posttrain.train.distill import Distill
-from posttrain.train.endpoint import Endpoint, EndpointError
 from posttrain.train.losses import distill as losses
 from posttrain.train.losses import masked
 from posttrain.train.optimizer import AdamW
@@ -332,6 +332,7 @@ class Served(BaseHTTPRequestHandler):
         self.server.asked += 1
         state = 503 if self.server.asked == 2 else 200
         echoed = [None, *map(float, logp[: len(tokens) - 1]), -1.0]  # the last is of the token that was not asked for
+        echoed = echoed[:1] if body["model"] == "short" else echoed
         choice = {"text": served.tokenizer.decode(tokens), "logprobs": {"token_logprobs": echoed}}
         reply = json.dumps({"choices": [choice]}).encode()
         self.send_response(state)
@@ -351,7 +352,7 @@ def endpoint(experts):
     server.served = server.served._replace(config=COMPUTE.configure(server.served.config))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield Endpoint(url=f"http://127.0.0.1:{server.server_address[1]}/v1", model="north", concurrency=2)
+    yield Endpoint(url=f"http://127.0.0.1:{server.server_address[1]}/v1", model="north", concurrency=2, pause=0.0)
     server.shutdown()
     thread.join()
     server.server_close()
@@ -364,8 +365,8 @@ def test_a_teacher_behind_an_endpoint_teaches_what_the_same_checkpoint_does(endp
     near, far = (metrics.read(tmp_path / name / "metrics.jsonl") for name in ("near", "far"))
     for a, b in zip(near, far, strict=True):
         np.testing.assert_allclose([a["kl"], a["loss"], a["reward"]], [b["kl"], b["loss"], b["reward"]], rtol=1e-3)
-    with pytest.raises(EndpointError, match="did not answer in 1 tries .*refused.*start the server"):
-        Endpoint(url="http://127.0.0.1:1/v1", model="m", tries=1).logp([1], [2])
+    with pytest.raises(EndpointError, match="gives 1 log-probabilities for 2 tokens: it must support echo"):
+        Client(dataclasses.replace(endpoint, model="short")).echo([5, 6])
 
 
 def test_an_outcome_advantage_needs_two_answers(experts):

@@ -1,5 +1,8 @@
 """The engine draws from the trainer's own distribution, whatever slot, batch, order or mesh computes an answer."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,7 +179,24 @@ def test_eight_devices_say_what_one_says_with_the_cache_split_over_them(params, 
     same(generate(sharded, prompts, mesh=mesh), answers)
     tensor = split.get("tensor", 1)
     for whole, part in caches[0] + caches[-1]:
-        assert part == (whole[0], whole[1] * tensor // 8, whole[2] // tensor, *whole[3:])
+        assert part == (whole[0] * tensor // 8, whole[1] // tensor, *whole[2:])
+
+
+def test_no_device_is_sent_the_keys_of_prompts_that_others_computed():
+    mesh = meshes.make_mesh(fsdp=4, tensor=2)
+    sharded = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        transformer.abstract_params(CONFIG), transformer.shardings(CONFIG, mesh),
+    )  # fmt: skip
+    prefill = sample.programs(CONFIG, sharded, SAMPLING, slots=16, group=2, prompt_tokens=16, mesh=mesh)["prefill"]
+    with jax.set_mesh(mesh):
+        text = prefill.function.lower(*prefill.static, *prefill.arguments).compile().as_text()
+    sent = re.findall(r" = \w+\[([\d,]+)\]\S* all-(?:gather|to-all|reduce)\(", text)
+    shapes = [tuple(map(int, shape.split(","))) for shape in sent]
+    prompts, width = prefill.arguments[3].shape
+    assert any(math.prod(shape) > CONFIG.vocab_size for shape in shapes)  # it does find what devices exchange
+    keys = prompts * CONFIG.num_kv_heads * width * CONFIG.head_dim
+    assert max(map(math.prod, shapes)) < keys
 
 
 def test_errors_name_the_prompt_and_the_numbers(params):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..data.endpoint import Endpoint
 from ..data.task import Task, TaskSource
 from ..data.verify.pool import VerifierPool
 from ..model import sample
@@ -24,7 +25,6 @@ from ..model.processing import Sampling
 from ..sharding import mesh as meshes
 from . import checkpoint, loop, programs, rollout, state
 from .compute import Compute
-from .endpoint import Endpoint
 from .metrics import Log
 from .optimizer import AdamW, Optimizer
 from .rollout import Rollout, Sampler
@@ -193,9 +193,8 @@ class Distill:
         self, teachers: Teachers, domain: str, groups: Sequence[Sequence[Rollout]], mesh: jax.sharding.Mesh
     ) -> tuple[list[dict], tuple[Any, ...], Callable[[dict], dict]]:
         """Micro-batches of one domain, the loss's constants, and what adds the teacher's fields to a micro-batch."""
-        teacher = self.teachers[domain]
-        if isinstance(teacher, Endpoint):
-            fields = {"teacher_logp": teacher.scores([one for group in groups for one in group])}
+        if isinstance(self.teachers[domain], Endpoint):
+            fields = {"teacher_logp": teachers.scores(domain, [one for group in groups for one in group])}
             return rollout.micro_batches(groups, self.compute, mesh, fields=fields), (), lambda _: {}
         config, params = teachers(domain)
         teach = functools.partial(self.objective.teach, config, params, temperature=self._temperature)

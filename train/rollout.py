@@ -65,32 +65,41 @@ class Sampler:
         self, model: Model, tasks: Sequence[Task], *, num_samples: int, noise: sample.Noise, version: int = 0
     ) -> list[list[Rollout]]:
         """`num_samples` judged answers to each task."""
-        prompts = [chat.render(model.tokenizer, task.messages, add_generation_prompt=True) for task in tasks]
-        sampling = with_stops(self.sampling, model)
+        generated = self.generations(model, tasks, num_samples=num_samples, noise=noise)
+        with self.log.phase("verify"):
+            flat = [
+                (task, model.tokenizer.decode(answer.tokens.tolist(), skip_special=True))
+                for task, (_, group) in zip(tasks, generated, strict=True)
+                for answer in group
+            ]
+            verdicts = iter(self.pool.judge([task for task, _ in flat], [text for _, text in flat]))
+        return [
+            [self._rollout(task, prompt, answer, next(verdicts), version) for answer in group]
+            for task, (prompt, group) in zip(tasks, generated, strict=True)
+        ]
+
+    def generations(
+        self, model: Model, tasks: Sequence[Task], *, num_samples: int, noise: sample.Noise
+    ) -> list[tuple[list[int], list[sample.Generation]]]:
+        """The prompt of each task and `num_samples` answers to it, not judged."""
+        prompts = [
+            chat.render(model.tokenizer, task.messages, add_generation_prompt=True, tools=task.metadata.get("tools"))
+            for task in tasks
+        ]
         with self.log.phase("generate"):
             answers = sample.generate(
                 model.config,
                 model.params,
                 prompts,
                 num_samples=num_samples,
-                sampling=sampling,
+                sampling=with_stops(self.sampling, model),
                 noise=noise,
                 slots=self.slots,
                 mesh=self.mesh,
                 return_kept=self.return_kept,
                 on_finish=lambda _: check_stop(),
             )
-        with self.log.phase("verify"):
-            flat = [
-                (task, model.tokenizer.decode(answer.tokens.tolist(), skip_special=True))
-                for task, group in zip(tasks, answers, strict=True)
-                for answer in group
-            ]
-            verdicts = iter(self.pool.judge([task for task, _ in flat], [text for _, text in flat]))
-        return [
-            [self._rollout(task, prompt, answer, next(verdicts), version) for answer in group]
-            for task, prompt, group in zip(tasks, prompts, answers, strict=True)
-        ]
+        return list(zip(prompts, answers, strict=True))
 
     def _rollout(self, task, prompt, answer, verdict, version) -> Rollout:
         return Rollout(
@@ -114,12 +123,12 @@ def retold(rollouts: Sequence[Rollout], speaker: Tokenizer, listener: Tokenizer)
     """
     if speaker.fingerprint == listener.fingerprint:
         return list(rollouts)
-    messages = rollouts[0].task.messages
-    prompt = chat.render(listener, messages, add_generation_prompt=True)
+    messages, tools = rollouts[0].task.messages, rollouts[0].task.metadata.get("tools")
+    prompt = chat.render(listener, messages, add_generation_prompt=True, tools=tools)
 
     def heard(one: Rollout) -> Rollout:
         text = speaker.decode(one.tokens.tolist(), skip_special=True)
-        tokens, mask = chat.render_with_mask(listener, (*messages, {"role": "assistant", "content": text}))
+        tokens, mask = chat.render_with_mask(listener, (*messages, {"role": "assistant", "content": text}), tools=tools)
         stop = len(mask) - mask[::-1].index(1) - (one.finish == "length")
         answer = np.asarray(tokens[len(prompt) : max(stop, len(prompt) + 1)])
         return dataclasses.replace(one, prompt=prompt, tokens=answer, logp=np.zeros(len(answer), np.float32))

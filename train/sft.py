@@ -11,10 +11,10 @@ import optax
 
 from ..data import chat
 from ..data.batch import Batch
-from ..data.conversations import Demonstrations, Files
+from ..data.chat import Conversation, WithTools
+from ..data.conversations import Conversations
 from ..data.pack import Example, pack
 from ..data.shuffle import Shuffled
-from ..data.task import Message
 from ..data.tokenizer import Tokenizer
 from ..data.verify.pool import VerifierPool
 from ..model import transformer
@@ -48,7 +48,7 @@ def train_step(config: ModelConfig, optimizer: optax.GradientTransformation, *, 
     return make_train_step(loss(config), optimizer, accumulate=accumulate)
 
 
-def batch(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], *, length: int) -> Batch:
+def batch(tokenizer: Tokenizer, conversations: Sequence[Conversation], *, length: int) -> Batch:
     """Conversations rendered, masked to the assistant's turns, and packed into rows of `length` tokens.
 
     Raises:
@@ -56,11 +56,12 @@ def batch(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], *, l
     """
     examples = []
     for conversation in conversations:
-        tokens, mask = chat.render_with_mask(tokenizer, conversation)
+        messages, tools = conversation if isinstance(conversation, WithTools) else (conversation, None)
+        tokens, mask = chat.render_with_mask(tokenizer, messages, tools=tools)
         if len(tokens) > length:
             raise ValueError(
                 f"a conversation has {len(tokens)} tokens and a row {length}: raise row_tokens or leave it out; "
-                f"it begins {str(conversation[0]['content'])[:60]!r}"
+                f"it begins {str(messages[0]['content'])[:60]!r}"
             )
         examples.append(Example(tokens=tokens, mask=mask))
     return pack(examples, length=length).batch
@@ -71,7 +72,7 @@ class SFT:
     """Fine-tune `start` on conversations, `batch_size` of them a step."""
 
     start: str
-    data: Files | Demonstrations
+    data: Conversations
     steps: int
     batch_size: int = 32
     optimizer: Optimizer = field(default_factory=lambda: AdamW(learning_rate=1e-5, schedule="cosine", final=0.1))

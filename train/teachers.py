@@ -1,15 +1,21 @@
 """Teachers of a distillation: any number in host memory, one at a time on the device."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 
+from ..data.endpoint import Client, Endpoint
 from ..data.tokenizer import Tokenizer
 from ..model.config import ModelConfig
 from . import checkpoint
 from .compute import Compute
-from .endpoint import Endpoint
+from .rollout import Rollout
+
+PROBE = "Two words, 3 numbers (12; 4.5) and naïve Ω: do we read the same tokens?"
+"""A text that tokenizers cut differently: an endpoint must spell our tokens of it back."""
 
 
 class Teachers:
@@ -28,8 +34,10 @@ class Teachers:
         *,
         any_tokenizer: bool = False,
     ) -> None:
-        for endpoint in {teacher for teacher in teachers.values() if isinstance(teacher, Endpoint)}:
-            endpoint.check_tokenizer(student)
+        remote = {domain: teacher for domain, teacher in teachers.items() if isinstance(teacher, Endpoint)}
+        self._clients = {domain: Client(endpoint) for domain, endpoint in remote.items()}
+        for client in self._clients.values():
+            _reads_as(student, client)
         paths = {domain: teacher for domain, teacher in teachers.items() if isinstance(teacher, str)}
         distinct = dict.fromkeys(paths.values())
         self._tokenizers = {path: checkpoint.open_tokenizer(path) for path in distinct}
@@ -58,6 +66,17 @@ class Teachers:
         """A domain's teacher, ready to answer; the one before it leaves the device."""
         return checkpoint.Model(*self(domain), self._tokenizers[self._paths[domain]])
 
+    def scores(self, domain: str, rollouts: Sequence[Rollout]) -> Callable[[Rollout], np.ndarray]:
+        """Log-probabilities of answers' tokens under a domain's endpoint, at temperature 1, by rollout: float32 [N]."""
+        client = self._clients[domain]
+        with ThreadPoolExecutor(client.endpoint.concurrency) as threads:
+            echoes = list(threads.map(lambda one: client.echo([*one.prompt, *map(int, one.tokens)]), rollouts))
+        found = {
+            id(one): np.asarray(echo.logp[len(one.prompt) :], np.float32)
+            for one, echo in zip(rollouts, echoes, strict=True)
+        }
+        return lambda one: found[id(one)]
+
 
 def _moved(params: Any, kind: str) -> Any:
     return jax.block_until_ready(jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)), params))
@@ -69,4 +88,14 @@ def _same_tokenizer(path: str, teacher: Tokenizer, student: Tokenizer) -> None:
             f"teacher {path} has another tokenizer ({teacher.fingerprint[:12]}) than the student "
             f"({student.fingerprint[:12]}): their tokens cannot be compared; learn its answers as text instead, with "
             "the objective SequenceLevel and on_policy 0, or by SFT on what it generated"
+        )
+
+
+def _reads_as(student: Tokenizer, client: Client) -> None:
+    text = client.echo(student.encode(PROBE)).text
+    if not text.startswith(PROBE):
+        raise ValueError(
+            f"teacher {client.endpoint.model} at {client.endpoint.url} has another tokenizer than the student: it "
+            f"reads {PROBE!r} as {text[:80]!r}; their tokens cannot be compared: learn its answers as text instead, by "
+            "SFT on what it generated"
         )

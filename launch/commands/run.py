@@ -13,7 +13,7 @@ import rich.console
 import tyro
 
 from ...train import loop
-from .. import comparison, lock, machine, report
+from .. import comparison, funnels, lock, machine, report
 from ..comparison import Comparison
 from ..recipe import Training
 
@@ -82,6 +82,8 @@ def show(out: Path) -> None:
         console.width = WIDTH
     if summary["rows"]:
         console.print(report.table(summary))
+    for one in funnels.read(out, list(summary["funnels"])):
+        console.print(report.funnel_table(one))
     for note in summary["notes"]:
         console.print(note, style="dim")
     busiest = sorted(summary["shares"].items(), key=lambda item: -item[1])
