@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_rl import judged
 
 from posttrain.train import correction, objective, selection
 from posttrain.train.losses import advantage, kl, normaliser
 from posttrain.train.objective import KLLoss, KLReward, Objective, Overlong
+from posttrain.train.step import Max, Mean, State, make_train_step
 from posttrain.train.surrogate import DropDrifted, SequenceClip, Tokens
 
 SIZES = ((3, 4, 2), (1, 6))
@@ -212,3 +214,20 @@ def test_normalisers_differ_in_what_an_answer_weighs(arrays):
     assert list(map(float, divisors)) == pytest.approx([16, 5, 40])
     assert [float(weight[1, 1]) for weight in weights] == [1, 1, 1]  # an answer of one token
     np.testing.assert_allclose([float(weight[0, 1]) for weight in weights], [1, 1 / 3, 1], rtol=1e-6)
+
+
+def test_metrics_of_micro_batches_are_those_of_one_batch():
+    """A mean over a weight of its own, the largest value, and a sum that the loss's divisor divides."""
+
+    def loss(params, batch):
+        x = batch["x"]
+        metrics = {"mean": Mean(jnp.sum(x), jnp.float32(x.size)), "max": Max(jnp.max(jnp.abs(x))), "sum": jnp.sum(x)}
+        return params["w"] * jnp.sum(x), jnp.float32(2.0) * x.size, metrics
+
+    params = {"w": jnp.float32(1.0)}
+    batch = {"x": jnp.asarray([[1.0, -7.0], [2.0, 5.0], [3.0, 4.0], [0.5, 0.5]])}
+    for accumulate in (1, 2, 4):
+        step = make_train_step(loss, optax.sgd(0.0), accumulate=accumulate)
+        _, metrics = step(State(params, optax.sgd(0.0).init(params), jnp.int32(0)), batch)
+        found = [float(metrics[name]) for name in ("mean", "max", "sum", "weight")]
+        np.testing.assert_allclose(found, [9 / 8, 7, 9 / 16, 16])
