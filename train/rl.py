@@ -209,10 +209,11 @@ class RL:
         fields = self.objective.fields(self.updates)
         for age, micros in enumerate(per_update):
             for micro in micros:
+                given = dict(micro)  # one program scores for both
                 if "old_logp" in fields:
-                    micro["old_logp"] = score.token_logp(config, now.params, micro, temperature=temperature)
+                    micro["old_logp"] = score.token_logp(config, now.params, given, temperature=temperature)
                 if "reference_logp" in fields:
-                    micro["reference_logp"] = score.token_logp(config, reference, micro, temperature=temperature)
+                    micro["reference_logp"] = score.token_logp(config, reference, given, temperature=temperature)
                 if "age" in fields:
                     micro["age"] = jnp.full_like(micro["tokens"], age)
         self.objective.finish([micro for micros in per_update for micro in micros])
