@@ -2,24 +2,23 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import numpy as np
 
 from ..data.endpoint import Client, Endpoint
 from ..data.tokenizer import Tokenizer
-from ..model.config import ModelConfig
 from . import checkpoint
 from .compute import Compute
+from .hosted import Hosted
 from .rollout import Rollout
 
 PROBE = "Two words, 3 numbers (12; 4.5) and naïve Ω: do we read the same tokens?"
 """A text that tokenizers cut differently: an endpoint must spell our tokens of it back."""
 
 
-class Teachers:
-    """Opens each teacher once, keeps it in host memory beside its mesh, and hands it to the device when asked.
+class Teachers(Hosted):
+    """The teachers by domain.
 
     Raises ValueError for a teacher whose tokenizer is not the student's, unless any will do: token distributions over
     different vocabularies cannot be compared. Endpoints are asked to spell a text, and stay where they are.
@@ -44,23 +43,7 @@ class Teachers:
         for path, own in self._tokenizers.items():
             if not any_tokenizer:
                 _same_tokenizer(path, own, student)
-        self._configs: dict[str, ModelConfig] = {
-            path: compute.configure(checkpoint.open_config(path)) for path in distinct
-        }
-        self._hosted = {path: _moved(checkpoint.open_model(path, mesh).params, "pinned_host") for path in distinct}
-        self._paths = paths
-        self._on_device: tuple[str, Any] | None = None
-
-    def __call__(self, domain: str) -> tuple[ModelConfig, Any]:
-        """Config and device parameters of a domain's teacher; the one before it leaves the device.
-
-        That needs the caller to have let go of it.
-        """
-        path = self._paths[domain]
-        if self._on_device is None or self._on_device[0] != path:
-            self._on_device = None
-            self._on_device = path, _moved(self._hosted[path], "device")
-        return self._configs[path], self._on_device[1]
+        super().__init__(paths, compute, mesh)
 
     def model(self, domain: str) -> checkpoint.Model:
         """A domain's teacher, ready to answer; the one before it leaves the device."""
@@ -76,10 +59,6 @@ class Teachers:
             for one, echo in zip(rollouts, echoes, strict=True)
         }
         return lambda one: found[id(one)]
-
-
-def _moved(params: Any, kind: str) -> Any:
-    return jax.block_until_ready(jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)), params))
 
 
 def _same_tokenizer(path: str, teacher: Tokenizer, student: Tokenizer) -> None:
