@@ -3,15 +3,15 @@
     python benchmarks/learning_dpo.py --out /tmp/dpo
 
 Delta learning (https://arxiv.org/abs/2507.06187; Olmo 3, https://arxiv.org/abs/2512.13961, table 21: fine-tuning on the
-chosen answers made a model worse, DPO better). Three models of the same origin learn from ever more demonstrations: a
-weak one, the start, and a strong one, which is hardly better than the start. Both methods see the same answers.
+chosen answers made a model worse, DPO better). Three models learn from ever more demonstrations, each going on from the
+one before: a weak one, the start, and a strong one, hardly better than the start. All methods see the same answers.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from learning import COMPUTE, accuracy, demonstrated, seeds, split
+from tiny_runs import COMPUTE, accuracy, demonstrated, seeds, split
 
 from posttrain.data.characters import Characters
 from posttrain.data.conversations import Files
@@ -24,8 +24,8 @@ from posttrain.train.prefer import DPO, LengthNormalizedDPO, Prefer
 from posttrain.train.sft import SFT
 
 TRAIN, HELD_OUT = split(Characters(operation="reverse"))
-WEAK, START, STRONG = 30, 55, 60  # steps of demonstrations
-STEPS, BATCH = 40, 24
+WEAK, START, STRONG = 70, 15, 5  # steps of demonstrations, each after those before
+STEPS, BATCH = 30, 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,10 @@ class Settings:
 def one(run: Training, seed: int) -> dict[str, float]:
     """Held-out accuracy of every model of one seed."""
     steps = {"weak": WEAK, "start": START, "strong": STRONG}
-    models = {name: run(name, demonstrated(TRAIN, steps=n, seed=seed)) for name, n in steps.items()}
+    models: dict[str, str] = {}
+    for name, n in steps.items():
+        before = next(reversed(models.values()), "tiny")
+        models[name] = run(name, demonstrated(TRAIN, steps=n, seed=seed, start=before))
     pairs = run(
         "pairs",
         Compare(

@@ -5,11 +5,12 @@ Pairs, rankings of several answers and labels of single ones are all a `Ranking`
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import chat, source
+from . import chat, columns, shards, source
 from .pack import Example, Group
 from .shuffle import Indexable
 from .source import Record
@@ -98,6 +99,23 @@ class Rankings:
     def open(self) -> Indexable[Ranking]:
         """The records; raises for files that are missing, empty or too malformed."""
         return source.read(*self.paths, parse=ranking, max_malformed=self.max_malformed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired:
+    """Pairs made of generated rows: the folders of stages that `pair` them (see `pairs`, `shards.write_pairs`)."""
+
+    folders: tuple[str, ...]
+
+    def open(self) -> Indexable[Ranking]:
+        """The pairs; raises for folders that are missing or whose files are not what was written."""
+        files = [file for folder in self.folders for file in shards.paths(Path(folder) / "pairs", "pairs")]
+        return source.read(*files, parse=_stored_pair)
+
+
+def _stored_pair(record: Record) -> Ranking:
+    prompt, chosen, rejected = columns.preference(record)
+    return Ranking(prompt, (chosen, rejected), (1.0, 0.0))
 
 
 def group(tokenizer: Tokenizer, ranking: Ranking, **fields: Sequence[Any]) -> Group:

@@ -7,10 +7,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from chat_server import completion, serving
 from test_reward import rollouts
 from toy import Likes
 
 from posttrain.data import preferences, source
+from posttrain.data.endpoint import Endpoint
 from posttrain.model.processing import Sampling
 from posttrain.sharding import mesh as meshes
 from posttrain.train import checkpoint, compare, judge
@@ -92,6 +94,21 @@ def test_the_policy_itself_can_be_the_judge():
     ).open(model.tokenizer, COMPUTE, one_device())
     found = score(model, [rollouts("yes", "no")])
     assert found.tolist() == [0.0, 0.0]  # random weights give no score, and that is no error
+
+
+def test_an_endpoint_can_be_the_judge():
+    def reply(request):
+        prompt = request["messages"][-1]["content"]
+        found = completion(request)
+        found["choices"][0]["message"]["content"] = f"Hm.\nScore: {9 if 'yes' in prompt else 2}"
+        return found
+
+    tokenizer = checkpoint.open_tokenizer("tiny")
+    policy = checkpoint.Model(checkpoint.open_config("tiny"), {}, tokenizer)
+    with serving(reply=reply) as server:
+        score = Judge(model=Endpoint(url=server.url, model="judge")).open(tokenizer, COMPUTE, one_device())
+        assert np.allclose(score(policy, [rollouts("yes", "no"), rollouts("oh yes")]), [0.9, 0.2, 0.9])
+        assert len(server.requests) == 3 and server.requests[0]["temperature"] == 0
 
 
 @pytest.mark.parametrize("settings", [{"models": ()}, {"samples": 0}, {"block": 0}])

@@ -21,6 +21,7 @@ from posttrain.train.compute import Compute
 from posttrain.train.optimizer import AdamW
 from posttrain.train.ppo import PPO, Objective, Ptx
 from posttrain.train.rewards import RewardModels
+from posttrain.train.rl import RL
 
 CONFIG = configs.ModelConfig(
     vocab_size=64, embed_dim=32, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=64, context=32,
@@ -162,3 +163,14 @@ def test_an_answer_that_was_cut_off_earns_what_the_objective_says():
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         stage(**settings)
+
+
+def test_rl_can_be_rewarded_by_a_reward_model_and_reports_the_verdicts(judge, tmp_path):
+    run = RL(
+        start="tiny", tasks=TASKS, steps=1, sampling=Sampling(max_tokens=4), prompts=8, group=2,
+        rewards=RewardModels(models=(judge,)), compute=COMPUTE,
+    )  # fmt: skip
+    run.train(tmp_path / "rl", one_device())
+    (line,) = numbers(tmp_path / "rl")
+    assert line["groups"] == 8 and line["no_variance"] == 0  # a score in float32 is hardly ever the same twice
+    assert 0 <= line["verdict"] <= 1 and line["verdict"] != line["reward"]

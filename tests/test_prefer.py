@@ -10,10 +10,11 @@ import json
 import jax
 import numpy as np
 import pytest
+from rows import make_row
 
-from posttrain.data import chat, preferences, source
+from posttrain.data import chat, pairs, preferences, shards, source
 from posttrain.data.pack import pack_groups
-from posttrain.data.preferences import Ranking, Rankings
+from posttrain.data.preferences import Paired, Ranking, Rankings
 from posttrain.model import config as configs
 from posttrain.model import transformer
 from posttrain.sharding import mesh as meshes
@@ -233,6 +234,13 @@ def test_an_earlier_answer_that_both_share_stays_in_the_prompt_and_is_not_traine
     assert list(group.prompt) == chat.render(TOKENIZER, history, add_generation_prompt=True)
     said = TOKENIZER.decode(list(group.answers[1].tokens))
     assert said.startswith("go away") and group.answers[1].tokens[-1] in TOKENIZER.eos_ids
+
+
+def test_pairs_of_generated_rows_are_read_from_their_folders(tmp_path):
+    rows = [make_row(text, id=text) for text in ("4", "5")]
+    shards.write_pairs(tmp_path / "pairs", [pairs.Pair(chosen=rows[0], rejected=rows[1])], title="Sums")
+    found = Paired(folders=(str(tmp_path),)).open()
+    assert len(found) == 1 and found[0] == Ranking(rows[0].prompt, (rows[0].response, rows[1].response), (1.0, 0.0))
 
 
 @pytest.mark.parametrize(

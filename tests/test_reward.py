@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rows import make_row
 from toy import Likes
 
 from posttrain.data import chat, preferences
@@ -16,13 +17,13 @@ from posttrain.data.preferences import Ranking, Rankings
 from posttrain.model import config as configs
 from posttrain.model import hf, transformer
 from posttrain.sharding import mesh as meshes
-from posttrain.train import checkpoint, metrics, reward, rewards
+from posttrain.train import checkpoint, metrics, reward, rollout
 from posttrain.train.compute import Compute
 from posttrain.train.losses import reward as losses
 from posttrain.train.merge import Linear
 from posttrain.train.optimizer import AdamW
 from posttrain.train.reward import Pointwise, Ranked, Reward
-from posttrain.train.rewards import NormalizedSum, RewardModels, SafetyOrHelpfulness, WeightedSum
+from posttrain.train.rewards import NormalizedSum, RewardModels, SafetyOrHelpfulness, ScoreRows, WeightedSum
 from posttrain.train.rollout import Rollout
 
 TOKENIZER = checkpoint.open_tokenizer("tiny")
@@ -179,8 +180,11 @@ def test_reward_models_score_the_sampled_tokens_alone_together_and_averaged(trai
     assert single[0].shape == (3,) and single[0][1] < min(single[0][0], single[0][2])
     both = RewardModels(models=paths, combine=WeightedSum(weights=(0.25, 2.0))).open(TOKENIZER, COMPUTE, mesh)
     np.testing.assert_allclose(both(policy, groups), 0.25 * single[0] + 2 * single[1], rtol=1e-4)
-    said = rewards.rewarded(groups, single[0])
-    assert said[1][0].reward == single[0][2] and said[1][0].reason == "verdict 0.5: fine"
+    said = rollout.rewarded(groups, single[0])
+    assert said[1][0].reward == single[0][2] and said[1][0].verdict == 0.5
+    assert rollout.statistics(said)["verdict"] == 0.5 and "verdict" not in rollout.statistics(groups)
+    written = [make_row(text, question=groups[0][0].task.messages[0]["content"], id=text) for text in ("yy 1", "n1")]
+    np.testing.assert_allclose(ScoreRows(models=paths[:1], compute=COMPUTE)(written, mesh), single[0][:2], rtol=1e-4)
     Linear(models=paths).train(trained / "average", mesh)
     average = checkpoint.open_model(trained / "average", mesh)
     parents = [checkpoint.open_model(path, mesh).params for path in paths]

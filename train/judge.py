@@ -5,7 +5,9 @@ know of it). DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, section 3.2, rewar
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,11 +15,13 @@ import jax
 import numpy as np
 
 from ..data import chat
+from ..data.endpoint import Client, Endpoint
 from ..data.task import Task, Verdict
 from ..data.tokenizer import Tokenizer
 from ..model import sample
 from ..model.processing import Sampling
 from . import checkpoint, rollout
+from .answers import request_settings
 from .checkpoint import Model
 from .compute import Compute
 from .hosted import Hosted
@@ -95,15 +99,30 @@ def local(model: Model, sampling: Sampling, compute: Compute, mesh: jax.sharding
     return ask
 
 
+def over_http(client: Client, sampling: Sampling) -> Ask:
+    """An endpoint that answers prompts, as many at a time as it allows."""
+    settings = request_settings(sampling)
+
+    def ask(prompts: Sequence[str]) -> list[str]:
+        def one(prompt: str) -> str:
+            message = client.complete([{"role": "user", "content": prompt}], settings=settings).message
+            return str(message.get("content") or "")
+
+        with ThreadPoolExecutor(client.endpoint.concurrency) as threads:
+            return list(threads.map(one, prompts))
+
+    return ask
+
+
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """A `RewardSource`: answers are judged by `model`, or by the policy as it is at the time if None is given.
+    """A `RewardSource`: answers are judged by `model`, a checkpoint or an endpoint, or if None by the policy itself.
 
     A task's own rubric, `metadata["rubric"]`, comes before `rubric`. `template` has places for {request}, {answer},
     {rubric} and {scale}, and asks for a last line with the score.
     """
 
-    model: str | None = None
+    model: str | Endpoint | None = None
     rubric: str = RUBRIC
     scale: int = 10
     template: str = PROMPT
@@ -111,21 +130,31 @@ class Judge:
 
     def open(self, tokenizer: Tokenizer, compute: Compute, mesh: jax.sharding.Mesh) -> Score:
         """See `RewardSource`."""
-        hosted = Hosted({"judge": self.model}, compute, mesh) if self.model else None
-        own = checkpoint.open_tokenizer(self.model) if self.model else tokenizer
+        asks = self._asks(compute, mesh)
 
         def score(policy: Model, groups: Groups) -> np.ndarray:
-            model = Model(*hosted("judge"), own) if hosted else policy
             asked = [self._put(r.task, _text(policy, r.tokens)) for group in groups for r in group]
-            found = verdicts(
-                local(model, self.sampling, compute, mesh), asked, scale=self.scale, template=self.template
-            )
-            if hosted:
-                del model
-                hosted.leave()
+            with asks(policy) as ask:
+                found = verdicts(ask, asked, scale=self.scale, template=self.template)
             return np.asarray([one.score for one in found], np.float32)
 
         return score
+
+    def _asks(self, compute: Compute, mesh: jax.sharding.Mesh) -> Callable[[Model], AbstractContextManager[Ask]]:
+        """Given the policy, who is asked; on leaving, nothing of it is on the device."""
+        if isinstance(self.model, Endpoint):
+            remote = over_http(Client(self.model), self.sampling)
+            return lambda _: nullcontext(remote)
+        if self.model is None:
+            return lambda policy: nullcontext(local(policy, self.sampling, compute, mesh))
+        hosted, own = Hosted({"judge": self.model}, compute, mesh), checkpoint.open_tokenizer(self.model)
+
+        @contextmanager
+        def visiting(_: Model) -> Iterator[Ask]:
+            yield local(Model(*hosted("judge"), own), self.sampling, compute, mesh)
+            hosted.leave()
+
+        return visiting
 
     def _put(self, task: Task, answer: str) -> Judged:
         request = "\n\n".join(f"{message['role']}: {message['content']}" for message in task.messages)

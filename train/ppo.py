@@ -258,17 +258,13 @@ class _Run:
     def _collect(self, params: Any, step: int, log: Log) -> tuple[list[list[Rollout]], dict[str, float]]:
         """The answers to the step's tasks with their rewards, and statistics."""
         stage = self.stage
-        sampler = Sampler(sampling=stage.sampling, slots=stage.compute.slots, mesh=self.mesh, pool=self.pool, log=log)
+        of = {"slots": stage.compute.slots, "mesh": self.mesh, "pool": self.pool, "log": log, "score": self.score}
+        sampler = Sampler(sampling=stage.sampling, **of)
         model = checkpoint.Model(self.configs[0], params, self.tokenizer)
         chosen = [self.order[step * stage.prompts + i] for i in range(stage.prompts)]
         noise = sample.Noise(seed=stage.seed, step=step)
         groups = sampler.rollouts(model, chosen, num_samples=stage.group, noise=noise, version=step)
-        metrics: dict[str, float] = {}
-        if self.score is not None:
-            metrics["verdict"] = rollout.statistics(groups)["reward"]
-            with log.phase("reward"):
-                groups = rewards.rewarded(groups, self.score(model, groups))
-        return groups, metrics | rollout.statistics(groups)
+        return groups, rollout.statistics(groups)
 
     def _estimate(self, models: Models, groups: list[list[Rollout]]) -> tuple[list[_Minibatch], dict[str, jax.Array]]:
         """The step's minibatches with all that the losses need; each model is asked about all answers at a time."""

@@ -19,7 +19,7 @@ import optax
 from ..data import preferences
 from ..data.batch import Batch
 from ..data.pack import Group, Packed, pack_groups
-from ..data.preferences import Ranking, Rankings
+from ..data.preferences import Paired, Ranking, Rankings
 from ..data.shuffle import Shuffled
 from ..data.tokenizer import Tokenizer
 from ..model.config import ModelConfig
@@ -76,7 +76,7 @@ class Prefer:
     """
 
     start: str
-    data: Rankings
+    data: Rankings | Paired
     steps: int
     objective: Objective = field(default_factory=DPO)
     batch_size: int = 32

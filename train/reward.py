@@ -17,9 +17,10 @@ import optax
 
 from ..data import preferences
 from ..data.batch import Batch
+from ..data.chat import WithTools
 from ..data.conversations import Demonstrations, Files
 from ..data.pack import Example, Group, pack_groups
-from ..data.preferences import Ranking, Rankings
+from ..data.preferences import Paired, Ranking, Rankings
 from ..data.shuffle import Shuffled
 from ..data.tokenizer import Tokenizer
 from ..model import transformer
@@ -209,7 +210,7 @@ class Reward:
     """
 
     start: str
-    data: Rankings
+    data: Rankings | Paired
     steps: int
     objective: Objective = field(default_factory=Ranked)
     demonstrations: Files | Demonstrations | None = None
@@ -256,7 +257,8 @@ class Reward:
             return params
         shown = self.demonstrations.open()
         conversations = [shown[i] for i in range(min(self.limit, len(shown)))]
-        rankings = [Ranking(tuple(one[:-1]), (tuple(one[-1:]),), (1.0,)) for one in conversations]
+        told = [one.messages if isinstance(one, WithTools) else one for one in conversations]
+        rankings = [Ranking(tuple(one[:-1]), (tuple(one[-1:]),), (1.0,)) for one in told]
         groups = [preferences.group(tokenizer, one) for one in rankings]
         mean = np.mean(scores((config, params), groups, self.compute, mesh), dtype=np.float64)
         bias = params["score_bias"]

@@ -23,10 +23,12 @@ from ..model.processing import Sampling
 from ..sharding import mesh as meshes
 from . import checkpoint, correction, loop, programs, rollout, score, selection, state
 from .compute import Compute
+from .judge import Judge
 from .losses import advantage
 from .metrics import Log
 from .objective import Objective
 from .optimizer import AdamW, Optimizer, reference_of, with_reference
+from .rewards import RewardModels
 from .rollout import Rollout, Sampler
 from .step import Loss, State, make_train_step
 from .surrogate import Tokens
@@ -82,7 +84,8 @@ class RL:
 
     `updates` splits the rollouts of a step into that many optimizer updates. The reference of a KL term is `start`, or
     with `reference_every` N the policy as it was after the last multiple of N steps (R1-Zero has 400,
-    https://arxiv.org/abs/2501.12948, section 2).
+    https://arxiv.org/abs/2501.12948, section 2). With `rewards`, answers earn what these say, and the verifiers'
+    verdicts are only reported.
     """
 
     start: str
@@ -99,6 +102,7 @@ class RL:
     validation: Validation | None = None
     verifiers: int = 1
     seed: int = 0
+    rewards: RewardModels | Judge | None = None
 
     def __post_init__(self) -> None:
         s = self.sampling
@@ -129,6 +133,7 @@ class RL:
         fixed = self.objective.kl is not None and not self.reference_every
         start = checkpoint.open_model(self.start, mesh).params if fixed else None
 
+        earned = self.rewards.open(tokenizer, self.compute, mesh) if self.rewards else None
         with VerifierPool(self.verifiers) as pool, jax.set_mesh(mesh):
 
             def iterate(now: State, cursor: loop.Cursor, log: Log) -> tuple[State, loop.Cursor, Any]:
@@ -139,6 +144,7 @@ class RL:
                     pool=pool,
                     log=log,
                     return_kept=self.objective.keep_sampling_mask,
+                    score=earned,
                 )
                 model = checkpoint.Model(config, self.behavior(now.params, cursor["iteration"]), tokenizer)
                 groups, taken, metrics = self._collect(sampler, model, cursor)

@@ -33,7 +33,7 @@ class Rollout:
 
     `logp` is the sampler's log-probability per token of `tokens`; `finish` is "stop" or "length" (cut, not finished);
     `version` counts the updates of the policy that sampled; `kept`, if asked for, says which tokens could be drawn
-    (uint8 [N, ceil(V / 8)]).
+    (uint8 [N, ceil(V / 8)]). `verdict` is the verifier's score where something else gave the reward.
     """
 
     task: Task
@@ -45,13 +45,15 @@ class Rollout:
     finish: str
     version: int
     kept: np.ndarray | None = None
+    verdict: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
     """Samples and judges for one stage: sampling settings, slots, mesh, verifiers, log. A stop ends it midway.
 
-    `return_kept` asks for the tokens that could be drawn, V / 8 bytes for each that was.
+    `return_kept` asks for the tokens that could be drawn, V / 8 bytes for each that was. With `score`, (model, groups)
+    -> rewards [N] of all answers, these take the place of the verdicts (see `rewards`).
     """
 
     sampling: Sampling
@@ -60,6 +62,7 @@ class Sampler:
     pool: VerifierPool
     log: Log
     return_kept: bool = False
+    score: Callable[[Model, list[list[Rollout]]], np.ndarray] | None = None
 
     def rollouts(
         self, model: Model, tasks: Sequence[Task], *, num_samples: int, noise: sample.Noise, version: int = 0
@@ -73,10 +76,14 @@ class Sampler:
                 for answer in group
             ]
             verdicts = iter(self.pool.judge([task for task, _ in flat], [text for _, text in flat]))
-        return [
+        groups = [
             [self._rollout(task, prompt, answer, next(verdicts), version) for answer in group]
             for task, (prompt, group) in zip(tasks, generated, strict=True)
         ]
+        if self.score is None:
+            return groups
+        with self.log.phase("reward"):
+            return rewarded(groups, self.score(model, groups))
 
     def generations(
         self, model: Model, tasks: Sequence[Task], *, num_samples: int, noise: sample.Noise
@@ -134,6 +141,12 @@ def retold(rollouts: Sequence[Rollout], speaker: Tokenizer, listener: Tokenizer)
         return dataclasses.replace(one, prompt=prompt, tokens=answer, logp=np.zeros(len(answer), np.float32))
 
     return [heard(one) for one in rollouts]
+
+
+def rewarded(groups: Sequence[Sequence[Rollout]], rewards: np.ndarray) -> list[list[Rollout]]:
+    """The rollouts with these rewards [N] in the place of their verdicts'."""
+    values = iter(rewards.tolist())
+    return [[dataclasses.replace(r, reward=next(values), verdict=r.reward) for r in group] for group in groups]
 
 
 def with_stops(sampling: Sampling, model: Model) -> Sampling:
@@ -207,6 +220,8 @@ def statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         "response_tokens": float(np.mean([len(r.tokens) for r in flat])),
         "truncated": float(np.mean([r.finish == "length" for r in flat])),
     }
+    if verdicts := [r.verdict for r in flat if r.verdict is not None]:
+        numbers["verdict"] = float(np.mean(verdicts))
     for domain in sorted({r.task.domain for r in flat}):
         numbers[f"reward/{domain}"] = float(np.mean([r.reward for r in flat if r.task.domain == domain]))
     return numbers

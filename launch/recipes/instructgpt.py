@@ -11,6 +11,7 @@ domain are what the labeller compares and PPO trains on; demonstrations are of a
 too: what PPO forgets of the others is what ptx is for. Every model is evaluated on held-out tasks of all domains.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -56,13 +57,13 @@ class Scale:
 
 TINY_COMPUTE = Compute(row_tokens=208, micro_rows=2, slots=128, save_every=50)
 TINY = Scale(
-    domains=(Characters(operation="reverse"), Characters(operation="rotate")),
+    domains=(Characters(operation="reverse"), Characters(operation="copy")),
     labelled=Characters(operation="reverse", verifier=CloseText()),
     sft={
-        "steps": 60,
+        "steps": 260,
         "batch_size": 24,
         "optimizer": AdamW(learning_rate=2e-3, warmup_steps=10),
-        "compute": TINY_COMPUTE,
+        "compute": dataclasses.replace(TINY_COMPUTE, micro_rows=3),
     },
     compare={"limit": 360, "sampling": Sampling(max_tokens=8), "compute": TINY_COMPUTE},
     reward={

@@ -1,9 +1,12 @@
 """What the benchmarks of learning share: a start for the tiny model, scores on held-out tasks, seeds, intervals."""
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import jax
 
 from posttrain.data.characters import Characters
 from posttrain.data.conversations import Demonstrations
@@ -33,7 +36,7 @@ def demonstrated(tasks: Split, *, steps: int, seed: int, start: str = "tiny") ->
         steps=steps,
         batch_size=24,
         optimizer=AdamW(learning_rate=2e-3, warmup_steps=10),
-        compute=COMPUTE,
+        compute=dataclasses.replace(COMPUTE, micro_rows=3),
         seed=seed,
     )
 
@@ -61,6 +64,7 @@ def interval(values: Sequence[float]) -> str:
 
 def seeds(one: Callable[[Training, int], Mapping[str, float]], out: Path, count: int, *, against: str) -> None:
     """Run an experiment with several seeds and print a Markdown table: each seed, the mean, the gain over `against`."""
+    jax.config.update("jax_compilation_cache_dir", str((out / ".compiled").resolve()))
     found = [one(Training(out / f"seed-{seed}"), seed) for seed in range(count)]
     print(f"\n| model | {' | '.join(f'seed {seed}' for seed in range(count))} | mean | minus {against}, pairwise |")
     print("|---|" + "---|" * (count + 2))
