@@ -17,6 +17,7 @@ from tiny_runs import COMPUTE, accuracy, demonstrated, seeds, split
 from posttrain.data.characters import Characters
 from posttrain.launch.recipe import Training
 from posttrain.model.processing import Sampling
+from posttrain.train.objective import olmo
 from posttrain.train.optimizer import AdamW
 from posttrain.train.ppo import PPO, Objective
 from posttrain.train.rl import RL
@@ -41,7 +42,7 @@ def one(run: Training, seed: int) -> dict[str, float]:
         "start": models["start"], "tasks": TRAIN, "steps": STEPS, "prompts": PROMPTS, "group": GROUP,
         "sampling": SAMPLING, "optimizer": AdamW(learning_rate=4e-4), "compute": COMPUTE, "seed": seed,
     }  # fmt: skip
-    models["group advantages"] = run("rl", RL(rounds=1, **shared))
+    models["group advantages"] = run("rl", RL(objective=olmo(rounds=1), **shared))
     for decay in (1.0, 0.95, 0.5):
         objective = Objective(decay=decay, kl_weight=0.0)
         critic = AdamW(learning_rate=1e-3, warmup_steps=3)

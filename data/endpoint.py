@@ -12,13 +12,14 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from .task import Message
 
+T = TypeVar("T")
 MAX_REPLY = 64 * 2**20  # bytes
 LONGEST_PAUSE = 60.0  # seconds
 RETRIED = (408, 409, 425, 429)  # and all of 5xx
@@ -94,6 +95,13 @@ class Completion(NamedTuple):
     fingerprint: str
 
 
+class Echo(NamedTuple):
+    """Tokens given back: their text, and the log-probability of each, which the first has none of."""
+
+    text: str
+    logp: Sequence[Any]
+
+
 class Client:
     """Asks one endpoint; safe to use from many threads.
 
@@ -131,6 +139,29 @@ class Client:
         """
         request = {"model": self.endpoint.model, "messages": [dict(message) for message in messages], **settings}
         request |= {"tools": list(tools)} if tools else {}
+        found = self._ask("chat/completions", request, lambda text: _completion(text, self.endpoint))
+        self._count(tokens=found.num_tokens, prompt_tokens=found.prompt_tokens)
+        return found
+
+    def echo(self, tokens: Sequence[int]) -> Echo:
+        """How likely each of some tokens is after those before it, by the older completions API, which vLLM has.
+
+        Raises:
+            EndpointError: as `complete` does, and if it does not give a number for each token.
+        """
+        request = {"model": self.endpoint.model, "prompt": list(tokens), "max_tokens": 1, "temperature": 1}
+        found = self._ask("completions", {**request, "echo": True, "logprobs": 0}, _echo)
+        given = found.logp[: len(tokens)]  # one token more is asked for, as servers want
+        if len(given) != len(tokens) or any(not isinstance(value, int | float) for value in given[1:]):
+            raise EndpointError(
+                f"{self.endpoint.url} gives {len(found.logp)} log-probabilities for {len(tokens)} tokens: it must "
+                "support echo with logprobs on token ids, as vLLM does"
+            )
+        self._count(prompt_tokens=len(tokens))
+        return Echo(found.text, given)
+
+    def _ask(self, path: str, request: Mapping[str, Any], read: Callable[[bytes], T]) -> T:
+        """What a reply says, after as many attempts as it takes; `read` raises ValueError for one that is malformed."""
         body = json.dumps({**request, **self.endpoint.extra}).encode()
         begin, fault = time.monotonic(), ""
         for attempt in range(self.endpoint.attempts):
@@ -139,9 +170,9 @@ class Client:
             self._count(retries=min(attempt, 1))
             pause = None
             try:
-                status, headers, text = self._post(body)
+                status, headers, text = self._post(path, body)
                 if status == 200:
-                    return self._counted(_completion(text, self.endpoint))
+                    return read(text)
                 fault = f"answers {status}: {self._excerpt(text)}"
                 if status not in RETRIED and status < 500:
                     raise EndpointError(f"{self.endpoint.url} {fault}{_advice(status, self.endpoint)}")
@@ -165,7 +196,7 @@ class Client:
         jitter = random.uniform(0.0, min(LONGEST_PAUSE, self.endpoint.pause * 2.0**attempt))
         return jitter + (min(float(asked), LONGEST_PAUSE) if asked and asked.isdecimal() else 0.0)
 
-    def _post(self, body: bytes) -> tuple[int, http.client.HTTPMessage, bytes]:
+    def _post(self, path: str, body: bytes) -> tuple[int, http.client.HTTPMessage, bytes]:
         parts = urlsplit(self.endpoint.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname or "", parts.port, timeout=self.endpoint.timeout)
@@ -176,17 +207,13 @@ class Client:
             self._open.add(connection)
         self._count(requests=1)
         try:
-            connection.request("POST", f"{parts.path.rstrip('/')}/chat/completions", body, headers)
+            connection.request("POST", f"{parts.path.rstrip('/')}/{path}", body, headers)
             reply = connection.getresponse()  # a redirect is an answer like others: the key goes to no other host
             return reply.status, reply.headers, _read(reply, time.monotonic() + self.endpoint.timeout)
         finally:
             with self._lock:
                 self._open.discard(connection)
             connection.close()
-
-    def _counted(self, found: Completion) -> Completion:
-        self._count(tokens=found.num_tokens, prompt_tokens=found.prompt_tokens)
-        return found
 
     def _count(self, **numbers: int) -> None:
         with self._lock:
@@ -245,6 +272,16 @@ def _completion(text: bytes, endpoint: Endpoint) -> Completion:
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         excerpt = text[:120].decode(errors="replace")
         raise ValueError(f"its reply is no chat completion ({error!r} in {excerpt!r})") from error
+
+
+def _echo(text: bytes) -> Echo:
+    """What a completion with echo says. Raises ValueError for one that does not have the API's shape."""
+    try:
+        choice = json.loads(text)["choices"][0]
+        return Echo(str(choice["text"]), list(choice["logprobs"]["token_logprobs"]))
+    except (KeyError, IndexError, TypeError) as error:
+        excerpt = text[:120].decode(errors="replace")
+        raise ValueError(f"its reply is no completion with log-probabilities ({error!r} in {excerpt!r})") from error
 
 
 def _clean(text: str | None) -> str | None:

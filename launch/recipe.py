@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
 import time
@@ -171,7 +172,7 @@ def shrunk(stage: Any) -> Any:
 
 
 def settings(value: Any) -> Any:
-    """Plain JSON of a stage: nested dataclasses become objects that name their class.
+    """Plain JSON of a stage: nested dataclasses become objects that name their class, functions their full name.
 
     Fields that a dataclass leaves out of comparisons (`compare=False`) may differ when a run goes on.
     """
@@ -185,6 +186,8 @@ def settings(value: Any) -> Any:
         return [settings(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if inspect.isfunction(value) and "<" not in value.__qualname__:
+        return f"{value.__module__}.{value.__qualname__}"
     raise TypeError(f"a stage's settings hold a {type(value).__name__} ({value!r}), which cannot be written as JSON")
 
 

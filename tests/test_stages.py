@@ -25,16 +25,18 @@ from posttrain.train.compare import Compare
 from posttrain.train.compute import Compute
 from posttrain.train.convert import Convert
 from posttrain.train.curate import BestAndWorst, Curate, Pair
-from posttrain.train.distill import Distill, FullVocabulary, SampledToken
+from posttrain.train.distill import Distill
 from posttrain.train.evaluate import Evaluate, OverSeeds, Score, over_seeds, wilson
 from posttrain.train.generate import Generate
 from posttrain.train.merge import Dare, Linear, Slerp, TaskArithmetic, Ties
+from posttrain.train.objective import Objective, UnbiasedKL
 from posttrain.train.optimizer import AdamW
 from posttrain.train.ppo import PPO, Ptx
 from posttrain.train.prefer import KTO, Prefer
 from posttrain.train.reward import Reward
-from posttrain.train.rl import RL, Objective
+from posttrain.train.rl import RL
 from posttrain.train.sft import SFT
+from posttrain.train.teaching import FullVocabulary, SampledToken, TopK
 
 COMPUTE = Compute(row_tokens=48, micro_rows=8, slots=8)
 SAMPLING = Sampling(max_tokens=4)
@@ -44,9 +46,26 @@ RANKINGS = Rankings(paths=("absent.jsonl",))
 PAIR = {"models": ("tiny", "tiny")}
 STAGES = [
     SFT(data=Demonstrations(tasks=TASKS), batch_size=8, **SHARED),
-    RL(tasks=TASKS, sampling=SAMPLING, prompts=2, group=4, updates=2, objective=Objective(kl_weight=0.1), **SHARED),
+    RL(
+        tasks=TASKS,
+        sampling=SAMPLING,
+        prompts=2,
+        group=4,
+        updates=2,
+        objective=Objective(kl=UnbiasedKL(weight=0.1)),
+        **SHARED,
+    ),
     Distill(teachers={"north": "tiny"}, tasks=TASKS, sampling=SAMPLING, objective=FullVocabulary(), **SHARED),
     Distill(teachers={"north": "tiny"}, tasks=TASKS, sampling=SAMPLING, objective=SampledToken(), **SHARED),
+    Distill(
+        teachers={"north": "tiny"},
+        tasks=TASKS,
+        sampling=SAMPLING,
+        objective=TopK(k=4),
+        weights={"north": 2.0},
+        on_policy=0.5,
+        **SHARED,
+    ),
     Evaluate(model="tiny", tasks=(TASKS,), sampling=SAMPLING, compute=COMPUTE),
     Prefer(data=RANKINGS, batch_size=8, **SHARED),
     Prefer(data=RANKINGS, objective=KTO(), **SHARED),

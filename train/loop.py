@@ -16,11 +16,14 @@ from . import state as states
 from .checkpoint import Checkpoints
 from .compute import Compute
 from .metrics import Log
+from .optimizer import average_of
 from .stop import Interrupted, check_stop
 
 Cursor = dict[str, Any]
 _Line = tuple[int, Mapping[str, Any], dict[str, float]]
 Iterate = Callable[[Any, Cursor, Log], tuple[Any, Cursor, Mapping[str, Any]]]
+Validate = Callable[[Any, Cursor, Log, bool], Cursor]
+"""`validate(state, cursor, log, is_last) -> cursor`, where all is safe to interrupt."""
 
 PACE_STEPS = 10
 """How often hosts compare their seconds, in steps."""
@@ -38,11 +41,16 @@ class Trained(NamedTuple):
 
 
 def language_model(start: str, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> Trained:
-    """The model at `start`, opened only if there is no checkpoint; the result is in model/."""
+    """The model at `start`, opened only if there is no checkpoint; the result is in model/.
+
+    Where the optimizer keeps an average of the weights, that is stored too, in ema/model.
+    """
     config = checkpoint.open_config(start)
 
     def store(out: Path, state: Any) -> None:
-        tokenizer = checkpoint.open_tokenizer(start)
+        tokenizer, average = checkpoint.open_tokenizer(start), average_of(state.opt_state)
+        if average is not None:
+            checkpoint.save_model(out / "ema" / "model", checkpoint.Model(config, average, tokenizer))
         checkpoint.save_model(out / "model", checkpoint.Model(config, state.params, tokenizer))
 
     return Trained(
@@ -61,13 +69,22 @@ def run(
     compute: Compute,
     mesh: jax.sharding.Mesh,
     iterate: Iterate,
+    validate: Validate | None = None,
 ) -> None:
     """Train the model at `start` until `steps` iterations are done; the result is in `out`/model. See `train`."""
     model = language_model(start, optimizer, mesh)
-    train(out, model, steps=steps, compute=compute, iterate=iterate)
+    train(out, model, steps=steps, compute=compute, iterate=iterate, validate=validate)
 
 
-def train(out: Path, trained: Trained, *, steps: int, compute: Compute, iterate: Iterate) -> None:
+def train(
+    out: Path,
+    trained: Trained,
+    *,
+    steps: int,
+    compute: Compute,
+    iterate: Iterate,
+    validate: Validate | None = None,
+) -> None:
     """Iterate until `steps` iterations are done, from the newest checkpoint if there is one; store the result.
 
     Args:
@@ -78,6 +95,7 @@ def train(out: Path, trained: Trained, *, steps: int, compute: Compute, iterate:
             is stored instead.
         iterate: one iteration: (state, cursor, log) -> (state, cursor, metrics). It may donate the state, but only once
             nothing can interrupt it any more. `cursor["iteration"]` counts what is done.
+        validate: called before each iteration and after the last; the run ends where its cursor says "stopped".
 
     Raises:
         Interrupted: after a signal to any host, with everything that was done saved.
@@ -93,10 +111,14 @@ def train(out: Path, trained: Trained, *, steps: int, compute: Compute, iterate:
             else:
                 state, cursor = trained.create(), {"iteration": 0}
         waiting: list[_Line] = []
-        while cursor["iteration"] < steps:
+        while True:
             step = cursor["iteration"] + 1
             try:
                 check_stop()
+                if validate is not None:
+                    cursor = validate(state, cursor, log, step > steps)
+                if step > steps or cursor.get("stopped"):
+                    break
                 with profile.around(out, step):
                     state, cursor, metrics = iterate(state, cursor, log)
             except Interrupted:

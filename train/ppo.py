@@ -30,7 +30,7 @@ from .compute import Compute
 from .hosted import Hosted
 from .judge import Judge
 from .metrics import Log
-from .optimizer import AdamW
+from .optimizer import AdamW, Optimizer
 from .ppo_objective import CRITIC_FIELDS, POLICY_FIELDS, Objective, critic_loss, estimate, policy_loss
 from .rewards import RewardModels
 from .rollout import Rollout, Sampler
@@ -93,8 +93,8 @@ class PPO:
     minibatches: int = 8
     objective: Objective = field(default_factory=Objective)
     ptx: Ptx | None = None
-    optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=1e-6, warmup_steps=10))
-    critic_optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=9e-6, warmup_steps=10))
+    optimizer: Optimizer = field(default_factory=lambda: AdamW(learning_rate=1e-6, warmup_steps=10))
+    critic_optimizer: Optimizer = field(default_factory=lambda: AdamW(learning_rate=9e-6, warmup_steps=10))
     compute: Compute = field(default_factory=Compute)
     verifiers: int = 1
     seed: int = 0

@@ -27,7 +27,7 @@ from ..sharding import mesh as meshes
 from . import checkpoint, loop, programs, score, state
 from .compute import Compute
 from .metrics import Log
-from .optimizer import AdamW
+from .optimizer import AdamW, Optimizer
 from .prefer_objectives import DPO, IPO, KTO, ORPO, LengthNormalizedDPO, SimPO
 from .reference import Reference
 from .step import State, make_train_step
@@ -80,7 +80,7 @@ class Prefer:
     steps: int
     objective: Objective = field(default_factory=DPO)
     batch_size: int = 32
-    optimizer: AdamW = field(
+    optimizer: Optimizer = field(
         default_factory=lambda: AdamW(learning_rate=5e-7, schedule="linear", warmup_steps=10, b2=0.999)
     )
     compute: Compute = field(default_factory=Compute)

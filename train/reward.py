@@ -30,7 +30,7 @@ from .compute import Compute
 from .losses import masked, reward
 from .losses.reward import Margins
 from .metrics import Log
-from .optimizer import AdamW
+from .optimizer import AdamW, Optimizer
 from .step import Loss, State, make_train_step
 from .updater import Updater, micro_batches
 
@@ -215,7 +215,7 @@ class Reward:
     demonstrations: Files | Demonstrations | None = None
     limit: int = 512
     batch_size: int = 32
-    optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=9e-6, schedule="cosine", final=0.1))
+    optimizer: Optimizer = field(default_factory=lambda: AdamW(learning_rate=9e-6, schedule="cosine", final=0.1))
     compute: Compute = field(default_factory=Compute)
     seed: int = 0
 

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: raise the log-probability of the assistant's tokens in given conversations."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..data.conversations import Conversations
 from ..data.pack import Example, pack
 from ..data.shuffle import Shuffled
 from ..data.tokenizer import Tokenizer
+from ..data.verify.pool import VerifierPool
 from ..model import transformer
 from ..model.config import ModelConfig
 from ..sharding import hosts
@@ -23,9 +25,10 @@ from . import checkpoint, loop, programs
 from .compute import Compute
 from .losses import masked, supervised
 from .metrics import Log
-from .optimizer import AdamW
+from .optimizer import AdamW, Optimizer
 from .step import Loss, State, make_train_step
 from .updater import Updater, micro_batches
+from .validation import Validation
 
 
 def loss(config: ModelConfig) -> Loss:
@@ -75,8 +78,10 @@ class SFT:
     data: Conversations
     steps: int
     batch_size: int = 32
-    optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=1e-5, schedule="cosine", final=0.1))
+    optimizer: Optimizer = field(default_factory=lambda: AdamW(learning_rate=1e-5, schedule="cosine", final=0.1))
     compute: Compute = field(default_factory=Compute)
+    validation: Validation | None = None
+    verifiers: int = 1
     seed: int = 0
 
     def train(self, out: Path, mesh: jax.sharding.Mesh | None = None) -> None:
@@ -101,22 +106,32 @@ class SFT:
                 state, metrics = updater.step(state, micro_batches(rows, self.compute.rows(mesh), mesh))
             return state, cursor, metrics
 
-        loop.run(
-            out,
-            start=self.start,
-            steps=self.steps,
-            optimizer=optimizer,
-            compute=self.compute,
-            mesh=mesh,
-            iterate=iterate,
-        )
+        with contextlib.ExitStack() as stack:
+            validate = None
+            if self.validation:
+                pool = stack.enter_context(VerifierPool(self.verifiers))
+                validate = self.validation.start(out, self.start, self.compute, mesh, pool)
+            loop.run(
+                out,
+                start=self.start,
+                steps=self.steps,
+                optimizer=optimizer,
+                compute=self.compute,
+                mesh=mesh,
+                iterate=iterate,
+                validate=validate,
+            )
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
         """The compiled programs of this stage; every conversation fills a row."""
         config = self.compute.configure(checkpoint.open_config(self.start))
         optimizer, batch = self.optimizer.build(self.steps), programs.abstract_batch(self.compute, mesh)
         tokens = self.batch_size * self.compute.row_tokens
-        return programs.training(loss(config), config, optimizer, batch, mesh, updates=self.steps, tokens=tokens)
+        named = programs.training(loss(config), config, optimizer, batch, mesh, updates=self.steps, tokens=tokens)
+        if self.validation:
+            beside = named["gradients"].resident
+            named |= self.validation.programs(config, self.compute, mesh, steps=self.steps, resident=beside)
+        return named
 
     def result(self) -> ModelConfig:
         """The shape of the model that the stage makes."""
