@@ -9,6 +9,7 @@ import pytest
 from toy import Likes
 
 from posttrain.data.conversations import Demonstrations
+from posttrain.data.task import Verdict
 from posttrain.model.processing import Sampling
 from posttrain.sharding import mesh as meshes
 from posttrain.train import checkpoint, loop, metrics
@@ -44,7 +45,7 @@ def scripted(monkeypatch, rewards):
 
     def judge(self, tasks, texts):
         value = next(given)
-        return [type("Verdict", (), {"score": value, "reason": ""})() for _ in texts]
+        return [Verdict(value, "") for _ in texts]
 
     monkeypatch.setattr("posttrain.data.verify.pool.VerifierPool.judge", judge)
 
