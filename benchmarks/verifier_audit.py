@@ -18,6 +18,7 @@ from audit_cases import AUDITS, Case, Settings
 
 from posttrain.data.sandbox.level import machine
 from posttrain.data.verify.ifeval import IFEval
+from posttrain.data.verify.instructions import Follow
 from posttrain.data.verify.pool import VerifierPool
 
 
@@ -40,7 +41,9 @@ def junk(case: Case, another: Case) -> list[str]:
         "I cannot help.",
     ]
     echoes = [prompt, f" {prompt}\n", f"You ask: {prompt}"]
-    return noise + echoes + [text for text in another.right[:1] if another.task.answer != case.task.answer]
+    if case.task.answer in (None, another.task.answer) or isinstance(case.task.verifier, Follow):
+        return noise + echoes  # the answer to another task may be one to this
+    return noise + echoes + [text for text in another.right[:1] if text not in case.right]
 
 
 def audit(pool: VerifierPool, cases: list[Case]) -> tuple[dict[str, tuple[int, int]], list[str]]:

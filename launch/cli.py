@@ -106,10 +106,11 @@ Model = Positional[Annotated[str, arg(metavar="MODEL")]]
 Models = Positional[Annotated[tuple[str, ...], arg(metavar="MODEL MODEL ...")]]
 Out = Annotated[Path, arg(metavar="DIR", help="Folder to write.")]
 Base = Annotated[str, arg(metavar="MODEL", help="What the models were fine-tuned from.")]
-Verifier = Literal[  # as in `tasks`, which takes longer to import than --help should
+Verifier = Literal[
     "number", "formula", "text", "choice", "code", "unit-tests", "sql", "json-schema", "tool-calls", "ifeval",
     "citations",
 ]  # fmt: skip
+Wall = Literal["plain", "landlock", "bubblewrap"]
 Weights = Annotated[tuple[float, ...], arg(help="One number per model; equal unless given.")]
 
 merges = SubcommandApp()
@@ -124,6 +125,7 @@ def evaluate(
     limit: int = 64,
     held_out: float | None = None,
     verifier: Verifier = "number",
+    sandbox: Wall = "bubblewrap",
     max_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
@@ -137,16 +139,19 @@ def evaluate(
         limit: Tasks of each kind, from the first.
         held_out: Ask only what `Split` with this fraction holds out; the mopd recipe trains on the rest of 0.3.
         verifier: What judges the answers to a JSON Lines file.
+        sandbox: The least that must stand between code in answers and this machine: see `posttrain sandbox`.
         max_tokens: Longest answer.
         temperature: 0 takes the most likely token.
         seed: Of the random numbers, where the temperature is above 0.
     """
     from ..model.processing import Sampling
     from .commands import evaluate
+    from .tasks import judge
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
     evaluate.main(
-        model, tasks, out, held_out=held_out, verifier=verifier, limit=limit, sampling=sampling, seed=seed
+        model, tasks, out, held_out=held_out, verifier=judge(verifier, sandbox=sandbox), limit=limit,
+        sampling=sampling, seed=seed,
     )  # fmt: skip
 
 
@@ -156,7 +161,8 @@ def generate(
     tasks: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="TASKS")]],
     out: Out,
     limit: int | None = None,
-    verifier: Literal["number", "text", "choice"] = "number",
+    verifier: Verifier = "number",
+    sandbox: Wall = "bubblewrap",
     samples: int = 4,
     rounds: int = 1,
     enough: int = 1,
@@ -186,6 +192,7 @@ def generate(
         out: Folder to write, shared by all parts.
         limit: Prompts of each kind, from the first; all unless given.
         verifier: What judges the answers to a JSON Lines file.
+        sandbox: The least that must stand between code in answers and this machine: see `posttrain sandbox`.
         samples: Answers to a prompt, in a round.
         rounds: The most rounds.
         enough: Answers that must pass for a prompt to be asked no more.
@@ -210,6 +217,7 @@ def generate(
     from ..model.processing import Sampling
     from ..train.compute import Compute
     from .commands import generate
+    from .tasks import judge
 
     endpoint = {
         "key_variable": key_variable, "concurrency": concurrency, "timeout": timeout, "attempts": attempts,
@@ -221,7 +229,8 @@ def generate(
         "compute": Compute(slots=slots), **({} if limit is None else {"limit": limit}),
     }  # fmt: skip
     generate.main(
-        teacher, tasks, out, verifier=verifier, keep=keep, part=part, parts=parts, endpoint=endpoint, settings=settings
+        teacher, tasks, out, verifier=judge(verifier, sandbox=sandbox), keep=keep, part=part, parts=parts,
+        endpoint=endpoint, settings=settings,
     )  # fmt: skip
 
 
@@ -348,7 +357,7 @@ def report(out: Positional[Annotated[Path, arg(metavar="OUT")]], /) -> None:
     report.main(out)
 
 
-def sandbox(level: Literal["plain", "landlock", "bubblewrap"] | None = None) -> None:
+def sandbox(level: Wall | None = None) -> None:
     """How well this machine walls off model-written code.
 
     Args:

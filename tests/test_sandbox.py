@@ -6,7 +6,9 @@ Every test runs at each level that this machine reaches; the others are skipped,
 import dataclasses
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +69,16 @@ print(__name__, len({"a", "b"}), hash("the same every time") % 7)
     assert once.stdout == again.stdout and once.stdout.splitlines()[-1].startswith("__main__ 2 ")
 
 
+def test_packages_are_read_where_they_are_asked_for(sandbox):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "helper.py").write_text("VALUE = 5")
+        program = Program(source="import helper; print(helper.VALUE)")
+        assert dataclasses.replace(sandbox, packages=(name,)).run(program)[0].stdout == "5\n"
+        assert "No module named 'helper'" in sandbox.run(program)[0].stderr
+
+
 def test_another_language_is_built_once_and_run_on_each_input(sandbox):
     program = Program(
         source="read number; echo $((number + BUILT))", file="main.sh", run=("sh", "built.sh"),
@@ -88,6 +100,7 @@ def grow(items): items.append(len(items)); return None
 def fail(value): raise ValueError(f"bad {value}")
 def count(word): return collections.Counter(word)
 def stream(): yield from (1, 2, 3)
+def only(kind, *items): return [item for item in items if type(item) is kind], kind
 def big(): return 2 ** 100, -0.0, float("inf"), {(1, 2): {3}}, b"x", None, "\\ud800", 1j
 """
     tests = [
@@ -96,6 +109,7 @@ def big(): return 2 ** 100, -0.0, float("inf"), {(1, 2): {3}}, b"x", None, "\\ud
         "try: fail(9)\nexcept ValueError as error: assert str(error) == 'bad 9'\nelse: assert False",
         "assert count('aab') == {'a': 2, 'b': 1} and list(stream()) == [1, 2, 3]",
         "assert big() == (2 ** 100, 0.0, float('inf'), {(1, 2): {3}}, b'x', None, '\\ud800', 1j)",
+        "assert only(str, 1, 'a', None) == (['a'], str) and only(type(None), 1, None)[0] == [None]",
         "from math import isclose\nassert isclose(add(1.5), helper(2.5))",
         "assert add(1) == 3",
         "assert missing() == 1",
@@ -103,7 +117,7 @@ def big(): return 2 ** 100, -0.0, float("inf"), {(1, 2): {3}}, b"x", None, "\\ud
     ]
     failures, outcome = sandbox.test(solution, tests, setup="def helper(x): return x")
     assert failures == [
-        "", "", "", "", "", "",
+        "", "", "", "", "", "", "",
         "a test failed: assert add(1) == 3",
         "NameError: name 'missing' is not defined",
         "the test ended its process",

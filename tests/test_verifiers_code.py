@@ -88,6 +88,13 @@ def test_the_names_that_tests_see_are_those_of_the_reference_solution():
     assert score(verifier, cheat, tests=tests) == 0.0
     adds = "def sum(a, b): return a + b"
     assert score(verifier, adds, answer=adds, tests=["assert sum(1, 2) == 3"]) == 1.0
+    size = "import sys\ndef size(x): return sys.getsizeof(x)"
+    tests = ["assert size('ab') == sys.getsizeof('ab')"]
+    fake = "class sys:\n    getsizeof = staticmethod(lambda x: 1)\ndef size(x): return 1"
+    assert (
+        score(verifier, size, answer=size, tests=tests) == 1.0
+        and score(verifier, fake, answer=size, tests=tests) == 0.0
+    )
     counter = "class Counter:\n    n = 0\n    def add(self): self.n += 1; return self.n"
     uses = ["counter = Counter()\ncounter.add()\nassert counter.add() == 2 and counter.n == 2"]
     assert score(verifier, counter, answer=counter, tests=uses) == 1.0
@@ -134,6 +141,7 @@ def test_a_query_is_judged_by_its_rows_on_every_database():
         (UnitTests(sandbox=SANDBOX), {"tests": []}, 'needs "tests"'),
         (UnitTests(sandbox=SANDBOX), {"tests": ["add(1, 2)"]}, "assert nothing"),
         (UnitTests(sandbox=SANDBOX), {"tests": ["assert add(1,"]}, "no Python code"),
+        (UnitTests(sandbox=SANDBOX), {"tests": ["assert add(1, 2) == 3"]}, "answer of task .* is no Python code"),
         (SqlRows(sandbox=SANDBOX), {}, 'needs "database"'),
     ],
 )

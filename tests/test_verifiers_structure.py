@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -15,7 +16,8 @@ from posttrain.data.verify.json_schema import JsonSchema
 from posttrain.data.verify.maths import FinalNumber
 from posttrain.data.verify.rewards import AfterThinking, Citations, Every, InLanguage, ThinkingFormat, Weighted
 from posttrain.data.verify.tool_calls import Call, ToolCalls, calls
-from posttrain.launch.tasks import VERIFIERS, judge
+from posttrain.launch.cli import Verifier
+from posttrain.launch.tasks import judge
 
 PROMPT = "What is the weather in Paris, in degrees Celsius?"
 GARBAGE = ("", "  \n\t", "zxqj garbage answer", "\x00", "!!!", "()", "[]", "{}", "null", "{", "```json\n```", "🙂" * 50)
@@ -269,4 +271,4 @@ def test_a_file_of_such_tasks_is_read_and_what_cannot_be_judged_is_said(tmp_path
     assert task.answer is None and task.verifier(task, '{"city": "Rome"}').score == 1.0
     with pytest.raises(ValueError, match='"answer" must be'):
         len(JsonlTasks(path=str(path), verifier=Choice()))
-    assert all(dataclasses.is_dataclass(judge(name)) for name in VERIFIERS)  # pyright: ignore[reportArgumentType]
+    assert all(dataclasses.is_dataclass(judge(name)) for name in get_args(Verifier))

@@ -1,7 +1,8 @@
 """Values as JSON and back: plain data alone, so that what an untrusted process sends can be nothing but data.
 
-None, booleans, numbers, text, bytes and the built-in containers of these are copied; anything else stays where it is,
-and a reference to it is sent. Dictionaries and sets of the collections module arrive as plain ones.
+None, booleans, numbers, text, bytes and the built-in containers of these are copied, and the built-in types are named;
+anything else stays where it is, and a reference to it is sent. Dictionaries and sets of the collections module arrive
+as plain ones.
 """
 
 import collections
@@ -22,6 +23,11 @@ _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "r": lambda text: range(*map(int, text.split())),
     "F": fractions.Fraction,
     "D": decimal.Decimal,
+    "T": lambda name: _TYPES[name],
+}
+_TYPES = {
+    kind.__name__: kind
+    for kind in (int, float, complex, bool, str, bytes, bytearray, list, tuple, dict, set, frozenset, range, type(None))
 }
 _BUILD: dict[str, Callable[[list], Any]] = {
     "l": list, "t": tuple, "s": set, "f": frozenset, "q": collections.deque
@@ -71,6 +77,8 @@ def _text(kind: type, value: Any) -> list | None:
         return ["r", f"{value.start} {value.stop} {value.step}"]
     if kind in (fractions.Fraction, decimal.Decimal):
         return ["F" if kind is fractions.Fraction else "D", str(value)]
+    if kind is type and _TYPES.get(value.__name__) is value:
+        return ["T", value.__name__]
     return None
 
 

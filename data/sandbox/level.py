@@ -80,7 +80,8 @@ def require(level: Level) -> None:
         raise SandboxError(
             f"model-written code is to run at level {level} ({level.name.lower()}) and this machine reaches "
             f"{found.level} ({found.level.name.lower()}): {found.reason}. Install bubblewrap (apt-get install "
-            f"bubblewrap) where user namespaces are allowed, or accept Level.{found.level.name}"
+            f"bubblewrap) where user namespaces are allowed, or accept less: --sandbox {found.level.name.lower()}, in "
+            f"code Sandbox(required=Level.{found.level.name})"
         )
 
 
@@ -128,15 +129,15 @@ def bubblewrap(python: str, *, disk: int, readable: Sequence[str] = ()) -> list[
             command += ["--symlink", os.readlink(path), path]
         elif os.path.isdir(path):
             command += ["--ro-bind", path, path]
+    command += ["--proc", "/proc", "--dev", "/dev"]
+    for path, size in (("/tmp", disk), ("/dev/shm", min(disk, 16 << 20))):  # the sandbox's own
+        command += ["--perms", "1777", "--size", str(size), "--tmpfs", path]
     for path in (*_SETTINGS, _prefix(python), *readable):
         if not path.startswith("/usr/"):
             for folder in reversed(Path(path).parents[:-1]):  # made by a bind, they would be open to root alone
                 command += ["--dir", str(folder)]
             command += ["--ro-bind-try", path, path]
     command += ["--dir", "/run", "--dir", _MOUNTED, "--ro-bind", INSIDE, f"{_MOUNTED}/{Path(INSIDE).name}"]
-    command += ["--proc", "/proc", "--dev", "/dev"]
-    for path, size in (("/tmp", disk), ("/dev/shm", min(disk, 16 << 20))):
-        command += ["--perms", "1777", "--size", str(size), "--tmpfs", path]
     return [*command, "--remount-ro", "/dev", "--chdir", "/tmp"]
 
 

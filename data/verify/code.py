@@ -91,8 +91,9 @@ class UnitTests:
 
     Tests are pieces of code with assertions, run in order after `metadata["setup"]`. They call the solution's
     functions and compare the data that comes back (see `data.sandbox.asking`). With a reference solution as the
-    task's answer, tests see the names that it defines, and objects of the solution's classes where it has any; without,
-    the names that they use, but for Python's own, and no objects, unless `metadata["objects"]` is true.
+    task's answer, tests see the names that it defines, what it imports, and objects of the solution's classes where it
+    has any; without, the names that they use, but for Python's own, and no objects, unless `metadata["objects"]` is
+    true.
     """
 
     sandbox: Sandbox = field(default=SANDBOX)
@@ -100,6 +101,7 @@ class UnitTests:
     def check(self, task: Task) -> None:
         """A ValueError for tests that judge nothing; a SandboxError where the machine cannot run code safely."""
         _tests(task)
+        _defined(task)
         require(self.sandbox.required)
 
     def __call__(self, task: Task, response: str) -> Verdict:
@@ -108,9 +110,9 @@ class UnitTests:
         refused = refusal(task, response)
         if refused or source is None:
             return refused or Verdict(0.0, "no Python code")
-        names, has_classes = _defined(task.answer)
+        names, has_classes = _defined(task)
         failures, outcome = self.sandbox.test(
-            source, tests, setup=task.metadata.get("setup", ""), names=names,
+            source, tests, setup=f"{_imports(task)}\n{task.metadata.get('setup', '')}", names=names,
             objects=bool(task.metadata.get("objects", has_classes)),
         )  # fmt: skip
         failed = [failure for failure in failures if failure]
@@ -125,12 +127,29 @@ def _why(failure: str, outcome: Outcome) -> str:
     return f"{failure}{': ' if last else ''}{''.join(last)}"[:200]
 
 
-def _defined(answer: str | None) -> tuple[list[str] | None, bool]:
-    """The names that a reference solution makes at its top level, and whether classes are among them."""
-    if answer is None:
+def _imports(task: Task) -> str:
+    """The imports of the reference solution whose names the tests use: for the tests' own process."""
+    if task.answer is None:
+        return ""
+    used = {node.id for test in _tests(task) for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
+    nodes = (node for node in _reference(task).body if isinstance(node, ast.Import | ast.ImportFrom))
+    named = (node for node in nodes if {name.asname or name.name.partition(".")[0] for name in node.names} & used)
+    return "\n".join(map(ast.unparse, named))
+
+
+def _reference(task: Task) -> ast.Module:
+    try:
+        return ast.parse(block(task.answer or "", LANGUAGES["python"].fences) or "")
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"the answer of task {task.id} is no Python code ({error}): {task.answer!r:.60}") from None
+
+
+def _defined(task: Task) -> tuple[list[str] | None, bool]:
+    """The names that the reference solution makes at its top level, and whether classes are among them."""
+    if task.answer is None:
         return None, False
     found: list[str] = []
-    tree = ast.parse(block(answer, LANGUAGES["python"].fences) or "")
+    tree = _reference(task)
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.append(node.name)
