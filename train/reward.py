@@ -17,6 +17,7 @@ import optax
 
 from ..data import preferences
 from ..data.batch import Batch
+from ..data.chat import WithTools
 from ..data.conversations import Demonstrations, Files
 from ..data.pack import Example, Group, pack_groups
 from ..data.preferences import Paired, Ranking, Rankings
@@ -256,7 +257,8 @@ class Reward:
             return params
         shown = self.demonstrations.open()
         conversations = [shown[i] for i in range(min(self.limit, len(shown)))]
-        rankings = [Ranking(tuple(one[:-1]), (tuple(one[-1:]),), (1.0,)) for one in conversations]
+        chats = [tuple(one.messages if isinstance(one, WithTools) else one) for one in conversations]
+        rankings = [Ranking(one[:-1], (one[-1:],), (1.0,)) for one in chats]
         groups = [preferences.group(tokenizer, one) for one in rankings]
         mean = np.mean(scores((config, params), groups, self.compute, mesh), dtype=np.float64)
         bias = params["score_bias"]

@@ -169,8 +169,9 @@ def statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         "response_tokens": float(np.mean([len(r.tokens) for r in flat])),
         "truncated": float(np.mean([r.finish == "length" for r in flat])),
     }
-    if flat[0].verdict is not None:
-        numbers["verdict"] = float(np.mean([r.verdict for r in flat]))
+    verdicts = [r.verdict for r in flat if r.verdict is not None]
+    if verdicts:
+        numbers["verdict"] = float(np.mean(verdicts))
     for domain in sorted({r.task.domain for r in flat}):
         numbers[f"reward/{domain}"] = float(np.mean([r.reward for r in flat if r.task.domain == domain]))
     return numbers
