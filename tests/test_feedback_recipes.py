@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from posttrain.data.preferences import Rankings
 from posttrain.launch.plan import Planning
 from posttrain.launch.recipes import instructgpt, prefer, reward
 from posttrain.sharding import mesh as meshes
@@ -21,7 +22,7 @@ def test_instructgpt_goes_from_demonstrations_to_a_reward_model_to_ppo_with_and_
     judge, sft = str(tmp_path / "reward"), str(tmp_path / "sft")
     judging = stages["reward"]
     assert isinstance(judging, Reward) and judging.start == sft and judging.objective == Ranked(answers=9)
-    assert judging.data.paths == (f"{tmp_path}/comparisons/rankings.jsonl",)
+    assert judging.data == Rankings(paths=(f"{tmp_path}/comparisons/rankings.jsonl",))
     for name in ("ppo", "ppo-ptx"):
         stage = stages[name]
         assert isinstance(stage, PPO) and stage.start == sft and stage.critic_start == judge

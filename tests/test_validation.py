@@ -12,7 +12,7 @@ from posttrain.data.conversations import Demonstrations
 from posttrain.data.task import Verdict
 from posttrain.model.processing import Sampling
 from posttrain.sharding import mesh as meshes
-from posttrain.train import checkpoint, loop, metrics
+from posttrain.train import checkpoint, metrics, stop
 from posttrain.train.compute import Compute
 from posttrain.train.optimizer import AdamW
 from posttrain.train.sft import SFT
@@ -74,14 +74,14 @@ def test_an_interrupted_run_validates_and_ends_as_an_uninterrupted_one(tmp_path,
     def interrupted(self, step, *args):
         write(self, step, *args)
         if step == 3:
-            loop.request_stop(signal.SIGTERM, None)
+            stop.request_stop(signal.SIGTERM, None)
 
     monkeypatch.setattr(metrics.Log, "write", interrupted)
     try:
-        with pytest.raises(loop.Interrupted):
+        with pytest.raises(stop.Interrupted):
             stage(patience=0).train(tmp_path / "cut", one_device())
     finally:
-        loop._stop.clear()
+        stop._asked.clear()
     monkeypatch.setattr(metrics.Log, "write", write)
     scripted(monkeypatch, [0.4, 0.5])
     stage(patience=0).train(tmp_path / "cut", one_device())
