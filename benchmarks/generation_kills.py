@@ -6,6 +6,7 @@ Once with an endpoint (a chat server in this process, which counts what it is as
 Each kill is a SIGKILL at a random moment after the process has written its first byte.
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -26,7 +28,7 @@ from posttrain.data import journal
 from posttrain.train import answers
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
-import chat_server
+chat_server: Any = importlib.import_module("chat_server")
 
 SEED = 5
 
@@ -102,12 +104,13 @@ def compare(
 ) -> bool:
     """Print what came of one kind of teacher; whether the data is the same. `on_kill` is called after each."""
     whole, out = folder / kind / "whole" / "data", folder / kind / "killed" / "data"
+    took = 0.0
     for _ in range(2):  # the first one compiles
         shutil.rmtree(whole.parent, ignore_errors=True)
         begin = time.monotonic()
         if start(teacher, whole, prompts).wait():
             sys.exit(f"{kind}: the run that nobody killed failed")
-    took = time.monotonic() - begin
+        took = time.monotonic() - begin
     kills = 0
     for moment in np.random.default_rng(settings.seed).uniform(0, took / settings.kills, settings.kills):
         if not (out / "rows").exists():

@@ -104,7 +104,7 @@ class Bounded(Generic[T]):
 def capped(
     weights: Mapping[str, float], lengths: Mapping[str, int], *, size: int, max_epochs: float
 ) -> dict[str, Fraction]:
-    """Weights, adding up to `size`, under which `size` items repeat no source's more than `max_epochs` times.
+    """Weights, adding up to `size`, under which `size` items hold each source's at most `max_epochs` times.
 
     A source that would is held at what it has; the others share what is left, in proportion to their weights. Raises
     ValueError if all sources together have too few.

@@ -14,11 +14,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ..sharding import mesh as meshes
-from . import attention, processing, transformer
-from . import cache as caches
+from . import decoding, transformer
 from .config import ModelConfig
 from .processing import Sampling
 
@@ -50,22 +48,6 @@ class Noise:
     seed: int = 0
     step: int = 0
     first_row: int = 0
-
-
-class _Slots(NamedTuple):
-    """What the decoding loop carries, one entry per slot."""
-
-    cache: caches.Cache
-    token: Int[Array, " B"]
-    position: Int[Array, " B"]
-    row: Int[Array, " B"]
-    count: Int[Array, " B"]  # pyright: ignore[reportIncompatibleMethodOverride]
-    limit: Int[Array, " B"]
-    temperature: Float[Array, " B"]
-    active: Bool[Array, " B"]
-    tokens: Int[Array, "B N"]
-    logp: Float[Array, "B N"]
-    kept: UInt8[Array, "B N W"]  # W is 0 unless asked for
 
 
 def generate(
@@ -165,22 +147,22 @@ def programs(
     width, capacity = bucket(prompt_tokens), bucket(sampling.max_tokens)
     length = bucket(prompt_tokens + capacity, minimum=MIN_LENGTH)
     dials = np.int32(sampling.max_tokens), np.float32(sampling.temperature)
-    shapes = jax.eval_shape(partial(_start, config, slots, length, capacity, False, *dials))
-    state = jax.tree.map(lambda x, axes: _lying(x, axes, mesh), shapes, _axes(shapes))
+    shapes = jax.eval_shape(partial(decoding.start, config, slots, length, capacity, False, *dials))
+    state = jax.tree.map(lambda x, axes: _lying(x, axes, mesh), shapes, decoding.axes_of(shapes))
     key = jax.eval_shape(lambda: jax.random.key(0))
     ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     prompts = parts * _most(slots // parts // group, width)
     admitted = (ints((prompts, width)), ints((prompts,)), ints((prompts, group)), ints((prompts, group)))
     static = (config, sampling.compiled)
     with jax.set_mesh(mesh):
-        decoder = jax.eval_shape(partial(_decoder, config), params)
+        decoder = jax.eval_shape(partial(decoding.lay_out, config), params)
     decoder = jax.tree_util.tree_map_with_path(
         lambda path, x: _lying(x, transformer.decoding_axes(path), mesh), decoder
     )
     return {
-        "decoder": Call(_decoder, (config,), (params,)),
-        "prefill": Call(_admit, static, (params, state, key, *admitted)),
-        "decode": Call(_decode, static, (decoder, state, key, ints(()), ints(()))),
+        "decoder": Call(decoding.lay_out, (config,), (params,)),
+        "prefill": Call(decoding.admit, static, (params, state, key, *admitted)),
+        "decode": Call(decoding.decode, static, (decoder, state, key, ints(()), ints(()))),
     }
 
 
@@ -229,7 +211,7 @@ class _Engine:
         self.capacity = bucket(sampling.max_tokens)
         self.length = bucket(max(map(len, prompts), default=1) + self.capacity, minimum=MIN_LENGTH)
         self.params = params
-        self.decoder = _decoder(config, params)
+        self.decoder = decoding.lay_out(config, params)
         pieces = [range(i, min(i + self.group, num_samples)) for i in range(0, num_samples, self.group)]
         self.waiting = [_Unit(p, piece) for p in range(len(prompts)) for piece in pieces][::-1]
         self.holds: list[tuple[int, int] | None] = [None] * self.num_slots
@@ -242,12 +224,12 @@ class _Engine:
         key = jax.random.fold_in(jax.random.key(self.noise.seed), self.noise.step)
         sizes = self.num_slots, self.length, self.capacity
         dials = np.int32(self.sampling.max_tokens), np.float32(self.sampling.temperature)
-        state = _start(self.config, *sizes, return_kept, *dials)
+        state = decoding.start(self.config, *sizes, return_kept, *dials)
         while self.waiting or any(self.holds):
             while self.waiting and (units := self._next_units()):
-                state = _admit(*static, self.params, state, key, *self._admission(units))
+                state = decoding.admit(*static, self.params, state, key, *self._admission(units))
             enough = self.num_slots - self.refill if self.waiting else 0
-            state = _decode(*static, self.decoder, state, key, enough, self.group)
+            state = decoding.decode(*static, self.decoder, state, key, enough, self.group)
             on_finish(self._collect(state))
         return self.answers
 
@@ -293,7 +275,7 @@ class _Engine:
         most = _most(self.part // self.group, self.width)
         return next(room for room in (-(-most // 8), -(-most // 4), -(-most // 2), most) if room >= count)
 
-    def _collect(self, state: _Slots) -> int:
+    def _collect(self, state: decoding.Slots) -> int:
         """Take finished answers out of their slots; returns how many."""
         active, count, token = (meshes.to_host(x) for x in (state.active, state.count, state.token))
         done = [slot for slot, held in enumerate(self.holds) if held is not None and not active[slot]]
@@ -308,166 +290,3 @@ class _Engine:
             self.answers[prompt][sample] = Generation(tokens[slot, :n].copy(), logp[slot, :n].copy(), finish, support)
             self.holds[slot] = None
         return len(done)
-
-
-@partial(jax.jit, static_argnums=0)
-def _decoder(config: ModelConfig, params: transformer.Params) -> transformer.Params:
-    return transformer.for_decoding(config, params)
-
-
-def _axes(state: _Slots) -> _Slots:
-    """Logical axes of every array: slots over the data axes, heads over the tensor axis."""
-    cache = jax.tree.map(lambda x: caches.AXES[-x.ndim :], state.cache)
-    rest: dict[str, Any] = {
-        name: ("batch", *([None] * (x.ndim - 1))) for name, x in state._asdict().items() if name != "cache"
-    }
-    return _Slots(cache=cache, **rest)
-
-
-def _constrain(state: _Slots) -> _Slots:
-    """Every array told to lie as its axes say."""
-    return jax.tree.map(lambda x, axes: meshes.constrain(x, *axes), state, _axes(state))
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _start(
-    config: ModelConfig, slots: int, length: int, capacity: int, return_kept: bool,
-    limit: Array | np.int32, temperature: Array | np.float32,
-) -> _Slots:  # fmt: skip
-    ints = partial(jnp.zeros, dtype=jnp.int32)
-    return _constrain(
-        _Slots(
-            cache=caches.unstack(caches.empty(config, slots, length)),
-            token=ints(slots), position=ints(slots), row=ints(slots), count=ints(slots),
-            limit=jnp.full(slots, limit, jnp.int32), temperature=jnp.full(slots, temperature, jnp.float32),
-            active=jnp.zeros(slots, bool),
-            tokens=ints((slots, capacity)), logp=jnp.zeros((slots, capacity), jnp.float32),
-            kept=jnp.zeros((slots, capacity, -(-config.vocab_size // 8) if return_kept else 0), jnp.uint8),
-        )
-    )  # fmt: skip
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
-def _admit(
-    config: ModelConfig,
-    sampling: Sampling,
-    params: transformer.Params,
-    state: _Slots,
-    key: Array,
-    prompts: Int[Array, "A P"],
-    lengths: Int[Array, " A"],
-    slots: Int[Array, "A G"],
-    rows: Int[Array, "A G"],
-) -> _Slots:
-    """Prefill some prompts once each, copy their keys and values into the slots of their samples, draw first tokens."""
-    count, width = prompts.shape
-    group = slots.shape[1]
-    fresh = jax.tree.map(lambda x: meshes.constrain(x, *caches.AXES), caches.empty(config, count, width))
-    positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
-    segments = jnp.where(positions < lengths[:, None], attention.BRANCHES, 0)
-    hidden, fresh = transformer.apply(config, params, prompts, positions=positions, segments=segments, cache=fresh)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    scores = meshes.constrain(transformer.logits(config, params, last)[:, 0], "draws", None)
-    scores = jnp.repeat(scores, group, axis=0)
-    cache = jax.tree.map(lambda old, new: _place(old, new, slots), state.cache, caches.unstack(fresh))
-    slots, rows = slots.reshape(-1), rows.reshape(-1)
-    warmth = jnp.broadcast_to(state.temperature[0], rows.shape)
-    token, logp = processing.draw(scores, _keys(key, rows, jnp.zeros_like(rows)), sampling, temperature=warmth)
-    kept = processing.support(scores, sampling, temperature=warmth)[:, : state.kept.shape[-1]]
-
-    def put(old: Array, new: Array) -> Array:
-        return old.at[slots].set(new, mode="drop")
-
-    return _constrain(
-        state._replace(
-            cache=cache,
-            token=put(state.token, token),
-            position=put(state.position, jnp.repeat(lengths, group)),
-            row=put(state.row, rows),
-            count=put(state.count, jnp.ones_like(rows)),
-            active=put(state.active, ~_stops(token, sampling) & (state.limit[0] > 1)),
-            tokens=state.tokens.at[slots, 0].set(token, mode="drop"),
-            logp=state.logp.at[slots, 0].set(logp, mode="drop"),
-            kept=state.kept.at[slots, 0].set(kept, mode="drop"),
-        )
-    )
-
-
-def _place(old: Array, new: Array, slots: Int[Array, "A G"]) -> Array:
-    """Copy [A, N, P, K] prompt keys into the first P positions of their samples' slots of [B, N, S, K].
-
-    Every device copies the prompts that it has computed into slots that it keeps.
-    """
-    parts = meshes.current_parts("batch", old.shape[0])
-    part = jnp.arange(slots.shape[0]) // (slots.shape[0] // parts)
-    within = slots - (part * (old.shape[0] // parts))[:, None]
-
-    def local(old: Array, new: Array, slots: Array) -> Array:
-        values = jnp.repeat(new, slots.shape[1], axis=0)
-        return old.at[slots.reshape(-1), :, : new.shape[-2]].set(values, mode="drop")
-
-    axes = caches.AXES[1:]
-    return meshes.per_device(local, axes, axes, ("batch", None))(old, new, within)
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
-def _decode(
-    config: ModelConfig,
-    sampling: Sampling,
-    params: transformer.Params,
-    state: _Slots,
-    key: Array,
-    enough: Array | int,
-    group: Array | int,
-) -> _Slots:
-    """Decode until at most `enough` slots talk and `group` of one part are free, and at least one step.
-
-    `params` are those of `_decoder`.
-    """
-
-    def step(state: _Slots) -> _Slots:
-        hidden, cache = transformer.apply(
-            config, params, state.token[:, None], positions=state.position[:, None], cache=state.cache
-        )
-        # Rows over all devices, each with its whole vocabulary: an exchange, where drawing from a split one gathers it.
-        scores = meshes.constrain(transformer.logits(config, params, hidden)[:, 0], "draws", None)
-        warmth = state.temperature
-        token, logp = processing.draw(scores, _keys(key, state.row, state.count), sampling, temperature=warmth)
-        kept = processing.support(scores, sampling, temperature=warmth)[:, : state.kept.shape[-1]]
-        active = state.active
-        place = jnp.where(active, state.count, state.tokens.shape[1])
-        every = jnp.arange(active.shape[0])
-        count = state.count + active
-        return _constrain(
-            state._replace(
-                cache=cache,
-                token=jnp.where(active, token, state.token),
-                position=state.position + active,
-                count=count,
-                active=active & ~_stops(token, sampling) & (count < state.limit),
-                tokens=state.tokens.at[every, place].set(token, mode="drop"),
-                logp=state.logp.at[every, place].set(logp, mode="drop"),
-                kept=state.kept.at[every, place].set(kept, mode="drop"),
-            )
-        )
-
-    running = jnp.sum(state.active)
-    enough = jnp.where(running > enough, enough, jnp.maximum(running - 1, 0))
-    parts = meshes.current_parts("batch", state.active.shape[0])
-
-    def go_on(state: _Slots) -> Array:
-        free = jnp.sum(~state.active.reshape(parts, -1), axis=1)
-        return jnp.any(state.active) & ((jnp.sum(state.active) > enough) | (jnp.max(free) < group))
-
-    return jax.lax.while_loop(go_on, step, state)
-
-
-def _stops(token: Int[Array, " B"], sampling: Sampling) -> Bool[Array, " B"]:
-    if not sampling.stop_ids:
-        return jnp.zeros(token.shape, bool)
-    return jnp.any(token[:, None] == jnp.asarray(sampling.stop_ids)[None, :], axis=1)
-
-
-def _keys(key: Array, rows: Int[Array, " B"], count: Int[Array, " B"]) -> Array:
-    """A key per row and token: the seed and step are already folded into `key`."""
-    return jax.vmap(lambda row, n: jax.random.fold_in(jax.random.fold_in(key, row), n))(rows, count)

@@ -158,8 +158,34 @@ def decoding_axes(path: tuple[Any, ...]) -> tuple[str | None, ...]:
 
 
 def head(config: ModelConfig, params: Params) -> Float[Array, "D V"]:
-    """The matrix that turns hidden states into logits; the transposed embedding where it is tied."""
+    """The matrix that turns hidden states into logits; the transposed embedding where it is tied.
+
+    Raises:
+        ValueError: for a model that gives scores.
+    """
+    if config.output == "score":
+        raise ValueError("this model gives scores, not logits: it can judge text and neither write nor predict it")
     return params["embedding"].T if config.tie_embeddings else params["head"]
+
+
+def with_score(config: ModelConfig, params: Params, key: Array) -> tuple[ModelConfig, Params]:
+    """A language model made into a scoring one: the same but for its head, which is a new scalar one."""
+    scoring = config.replace(output="score")
+    fresh = Ends(scoring).init(key, jnp.zeros((1, 1), jnp.int32), method="embed")["params"]
+    kept = {name: value for name, value in params.items() if name != "head"}
+    return scoring, {**kept, "score": fresh["score"], "score_bias": fresh["score_bias"]}
+
+
+def score(config: ModelConfig, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    """What a scoring model makes of each position, float32; before any sigmoid.
+
+    Raises:
+        ValueError: for a model without the scalar head.
+    """
+    if config.output != "score":
+        raise ValueError("this is a language model without a scalar head: train a reward model from it first")
+    kernel = params["score"].astype(jnp.float32)
+    return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), kernel) + params["score_bias"].astype(jnp.float32)
 
 
 def logits(config: ModelConfig, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

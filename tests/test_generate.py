@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from chat_server import completion, serving
 from toy import Likes
@@ -17,6 +18,8 @@ from posttrain.data.characters import Characters
 from posttrain.data.conversations import Rows
 from posttrain.data.endpoint import Endpoint, EndpointError
 from posttrain.data.filters import outcome
+from posttrain.data.row import thought
+from posttrain.data.verify import tool_calls
 from posttrain.model.processing import Sampling
 from posttrain.sharding import mesh as meshes
 from posttrain.train import answers, checkpoint, curate, loop, sft
@@ -24,6 +27,10 @@ from posttrain.train.answers import Local
 from posttrain.train.compute import Compute
 from posttrain.train.curate import Curate, Pair
 from posttrain.train.generate import Generate
+from posttrain.train.reward import open_scoring
+from posttrain.train.rewards import RewardModels
+from posttrain.train.rollout import Rollout
+from posttrain.train.row_rewards import Rewarded
 
 SETTINGS = {
     "prompts": (Characters(operation="reverse", letters=3), Characters(operation="copy", letters=3)),
@@ -218,10 +225,10 @@ def test_each_domain_has_its_teacher_and_a_fingerprint_says_whether_two_are_one(
     assert len({row.provenance.teacher_fingerprint for row in rows}) == 1
     model = checkpoint.open_model("tiny", one_device())
     sharded = checkpoint.open_model("tiny", meshes.make_mesh(fsdp=4, tensor=2))
-    assert answers.fingerprint(model) == answers.fingerprint(sharded) == rows[0].provenance.teacher_fingerprint
+    assert answers.identity(model) == answers.identity(sharded) == rows[0].provenance.teacher_fingerprint
     for change in (lambda x: x.at[0].add(1e-6), lambda x: x[::-1]):
         changed = jax.tree.map(change, model.params)
-        assert answers.fingerprint(model._replace(params=changed)) != answers.fingerprint(model)
+        assert answers.identity(model._replace(params=changed)) != answers.identity(model)
 
 
 def test_what_cannot_be_generated_is_said_before_anything_is_asked(server, asked, tmp_path):
@@ -304,6 +311,8 @@ def test_kept_rows_are_learned_from_with_their_tools(server, generated, tmp_path
         made["choices"][0]["message"] = {"content": "ok", "tool_calls": [call]}
         return made
 
+    said = answers.judged_text({"role": "assistant", "reasoning_content": "so", "content": "ok", "tool_calls": [call]})
+    assert tool_calls.calls(said) == [("add", {"x": 2})] and thought({"role": "assistant", "content": said}).thinking
     with serving(reply=reply) as with_tools:
         remote(with_tools, prompts=(Fixed((task,)),), rounds=1).train(tmp_path, one_device())
     [first, *_] = shards.read_rows(tmp_path)
@@ -327,3 +336,26 @@ def test_mixed_conversations_keep_to_their_cap(generated):
     assert mixed.epochs["copies"] == (120 - len(rows.open())) / 125
     with pytest.raises(ValueError, match="180 items are wanted, and 1 epochs of .* take fewer"):
         dataclasses.replace(conversations.Mixed(parts={"c": copies}, weights={"c": 1}, size=180, max_epochs=1)).open()
+
+
+def test_a_reward_model_chooses_among_rows_as_it_scores_rollouts(generated, tmp_path):
+    mesh = one_device()
+    checkpoint.save_model(tmp_path / "judge" / "model", open_scoring("tiny", mesh))
+    source = RewardModels(models=(str(tmp_path / "judge"),))
+    compute = Compute(row_tokens=64, micro_rows=8)
+    scorer = Rewarded(source=source, tokenizer="tiny", compute=compute)
+    Curate(
+        rows=(str(generated),), filters=(), scorer=scorer, best=(outcome.BestByReward(count=1),)
+    ).train(tmp_path / "kept", mesh)  # fmt: skip
+    rows, tok = shards.read_rows(tmp_path / "kept"), tokenizer.tiny()
+    dropped = {row.id: row.reward for row in shards.read_rows(tmp_path / "kept", "dropped")}
+    assert len(rows) == len({row.prompt_id for row in rows}) and dropped
+    first = next(row for row in rows if any(row.prompt_id in id for id in dropped))
+    assert first.reward == max([first.reward, *(value for id, value in dropped.items() if first.prompt_id in id)])
+    tokens = np.asarray([*tok.encode(str(first.response[0]["content"])), tok.eos_ids[0]])
+    task = Characters(operation="reverse", letters=3)[0]
+    prompt = chat.render(tok, first.prompt, add_generation_prompt=True)
+    shared = {"task": task, "prompt": prompt, "reward": 0.0, "reason": "", "finish": "stop", "version": 0}
+    alone = Rollout(tokens=tokens, logp=np.zeros(len(tokens), np.float32), **shared)
+    score = source.open(tok, compute, mesh)
+    np.testing.assert_allclose(score(checkpoint.open_model("tiny", mesh), [[alone]]), [first.reward], rtol=1e-4)

@@ -16,10 +16,12 @@ from toy import Likes
 
 from posttrain import train
 from posttrain.data.conversations import Demonstrations, Files
+from posttrain.data.preferences import Rankings
 from posttrain.model.processing import Sampling
 from posttrain.sharding import mesh as meshes
 from posttrain.train import checkpoint, distill, evaluate, metrics, rl, sft, state
 from posttrain.train.answers import Local
+from posttrain.train.compare import Compare
 from posttrain.train.compute import Compute
 from posttrain.train.convert import Convert
 from posttrain.train.curate import BestAndWorst, Curate, Pair
@@ -28,6 +30,9 @@ from posttrain.train.evaluate import Evaluate, OverSeeds, Score, over_seeds, wil
 from posttrain.train.generate import Generate
 from posttrain.train.merge import Dare, Linear, Slerp, TaskArithmetic, Ties
 from posttrain.train.optimizer import AdamW
+from posttrain.train.ppo import PPO, Ptx
+from posttrain.train.prefer import KTO, Prefer
+from posttrain.train.reward import Reward
 from posttrain.train.rl import RL, Objective
 from posttrain.train.sft import SFT
 
@@ -35,6 +40,7 @@ COMPUTE = Compute(row_tokens=48, micro_rows=8, slots=8)
 SAMPLING = Sampling(max_tokens=4)
 TASKS = Likes(domain="north")
 SHARED = {"start": "tiny", "steps": 2, "compute": COMPUTE}
+RANKINGS = Rankings(paths=("absent.jsonl",))
 PAIR = {"models": ("tiny", "tiny")}
 STAGES = [
     SFT(data=Demonstrations(tasks=TASKS), batch_size=8, **SHARED),
@@ -42,6 +48,11 @@ STAGES = [
     Distill(teachers={"north": "tiny"}, tasks=TASKS, sampling=SAMPLING, objective=FullVocabulary(), **SHARED),
     Distill(teachers={"north": "tiny"}, tasks=TASKS, sampling=SAMPLING, objective=SampledToken(), **SHARED),
     Evaluate(model="tiny", tasks=(TASKS,), sampling=SAMPLING, compute=COMPUTE),
+    Prefer(data=RANKINGS, batch_size=8, **SHARED),
+    Prefer(data=RANKINGS, objective=KTO(), **SHARED),
+    Reward(data=RANKINGS, demonstrations=Demonstrations(tasks=TASKS), **SHARED),
+    PPO(tasks=TASKS, sampling=SAMPLING, prompts=4, minibatches=2, ptx=Ptx(data=Demonstrations(tasks=TASKS)), **SHARED),
+    Compare(models=("tiny",), tasks=TASKS, sampling=SAMPLING, compute=COMPUTE),
     Convert(source="tiny"),
     Linear(**PAIR),
     Slerp(**PAIR, base="tiny"),
@@ -54,7 +65,7 @@ STAGES = [
     OverSeeds(evaluations=("eval",)),
 ]
 HOST_ONLY = (Convert, Curate, Pair, OverSeeds)
-MAKE_NO_MODEL = (Evaluate, Generate, Curate, Pair, OverSeeds)
+MAKE_NO_MODEL = (Compare, Evaluate, Generate, Curate, Pair, OverSeeds)
 
 
 def one_device():
@@ -74,7 +85,8 @@ def test_planned_programs_lower_on_eight_devices(stage):
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: type(stage).__name__)
 def test_a_stage_says_which_model_it_makes(stage):
-    assert stage.result() == (None if isinstance(stage, MAKE_NO_MODEL) else checkpoint.open_config("tiny"))
+    made = checkpoint.open_config("tiny").replace(output="score" if isinstance(stage, Reward) else "logits")
+    assert stage.result() == (None if isinstance(stage, MAKE_NO_MODEL) else made)
 
 
 def test_the_calls_of_a_stage_follow_from_its_settings():

@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
 from ..data.endpoint import Client, Completion, Endpoint, EndpointError
-from ..data.row import thought
+from ..data.row import CLOSE, OPEN, text_of
 from ..data.task import Message, Task
 from ..data.tasks import content_hash
 from ..model import sample
 from ..model.processing import Sampling
-from . import checkpoint
+from . import checkpoint, fingerprint
 from .checkpoint import Model
 from .compute import Compute
 from .loop import check_stop
@@ -78,7 +75,7 @@ class OnMesh:
 
     def __init__(self, model: Model, sampler: Sampler) -> None:
         self.model, self.sampler = model, sampler
-        self.fingerprint = fingerprint(model)
+        self.fingerprint = identity(model)
 
     def __call__(self, asked: Asked) -> Iterator[Sequence[Answer]]:
         """See `Answerer`."""
@@ -158,10 +155,16 @@ def tools(task: Task) -> Sequence[Mapping[str, Any]]:
 
 
 def judged_text(message: Message) -> str:
-    """What a verifier sees of an answer: without its thinking; calls of tools as <tool_call> JSON, one a line."""
-    calls = [call["function"] for call in message.get("tool_calls") or ()]
-    lines = [f"<tool_call>{json.dumps(dict(call), ensure_ascii=False)}</tool_call>" for call in calls]
-    return "\n".join([part for part in (thought(message).answer.strip(), *lines) if part])
+    """What a verifier sees of an answer: all that a model writes, thinking in its marks, calls of tools as JSON."""
+    thinking = message.get("reasoning_content")
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    calls = [{"name": one["name"], "arguments": one["arguments"]} for one in functions]
+    parts = [
+        *([f"{OPEN}\n{thinking}\n{CLOSE}\n"] if thinking is not None else []),
+        text_of(message),
+        *(f"<tool_call>{json.dumps(call, ensure_ascii=False)}</tool_call>" for call in calls),
+    ]
+    return "\n".join(part for part in parts if part)
 
 
 def request_seed(seed: int, task: str, place: int) -> int:
@@ -182,22 +185,7 @@ def open_local(teacher: Local, sampler: Sampler, compute: Compute) -> OnMesh:
     return OnMesh(model._replace(config=compute.configure(model.config)), sampler)
 
 
-def fingerprint(model: Model) -> str:
-    """16 hexadecimal digits of a model's weights, shape and tokenizer; the same on every mesh, and for each format.
-
-    Of each array two sums of its bits, plain and by place, modulo 2^32: exact in whatever order the devices add.
-    """
-    digest = hashlib.sha256(model.tokenizer.fingerprint.encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
-        plain, placed = _bit_sums(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {int(plain)} {int(placed)}".encode())
-    return digest.hexdigest()[:16]
-
-
-@jax.jit
-def _bit_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    place = jnp.zeros_like(bits)
-    for axis in range(x.ndim):
-        place = place * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+def identity(model: Model) -> str:
+    """16 hexadecimal digits of a model's weights and tokenizer; the same on every mesh."""
+    both = f"{model.tokenizer.fingerprint} {fingerprint.of(model.params)}"
+    return hashlib.sha256(both.encode()).hexdigest()[:16]

@@ -18,8 +18,8 @@ from . import programs
 from .metrics import Log
 
 Scorer = Callable[[Sequence[Row], jax.sharding.Mesh | None], Sequence[float]]
-"""What gives rows their rewards, such as a reward model: finite numbers, the higher the better. In a recipe a frozen
-dataclass of settings with a `__call__`."""
+"""What gives rows their rewards, such as `row_rewards.Rewarded`: finite numbers, the higher the better. In a recipe a
+frozen dataclass of settings with a `__call__`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -14,11 +14,10 @@ from . import checkpoint
 from . import state as states
 from .checkpoint import Checkpoints
 from .metrics import Log
-from .step import State
 
 Cursor = dict[str, Any]
 _Line = tuple[int, Mapping[str, Any], dict[str, float]]
-Iterate = Callable[[State, Cursor, Log], tuple[State, Cursor, Mapping[str, Any]]]
+Iterate = Callable[[Any, Cursor, Log], tuple[Any, Cursor, Mapping[str, Any]]]
 
 
 class Interrupted(Exception):
@@ -41,6 +40,32 @@ def check_stop() -> None:
         raise Interrupted
 
 
+class Trained(NamedTuple):
+    """What a loop trains: a state, made or described for restoring, and how the result is stored in a stage's folder.
+
+    For a language model it is a `State`; a stage that trains several models may have any tree of arrays.
+    """
+
+    create: Callable[[], Any]
+    abstract: Callable[[], Any]
+    store: Callable[[Path, Any], None]
+
+
+def language_model(start: str, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> Trained:
+    """The model at `start`, opened only if there is no checkpoint; the result is in model/."""
+    config = checkpoint.open_config(start)
+
+    def store(out: Path, state: Any) -> None:
+        tokenizer = checkpoint.open_tokenizer(start)
+        checkpoint.save_model(out / "model", checkpoint.Model(config, state.params, tokenizer))
+
+    return Trained(
+        create=lambda: states.create(checkpoint.open_model(start, mesh).params, optimizer, mesh),
+        abstract=lambda: states.abstract(config, optimizer, mesh),
+        store=store,
+    )
+
+
 def run(
     out: Path,
     *,
@@ -51,29 +76,31 @@ def run(
     mesh: jax.sharding.Mesh,
     iterate: Iterate,
 ) -> None:
-    """Train a model until `steps` iterations are done, from the newest checkpoint if there is one; store the result.
+    """Train the model at `start` until `steps` iterations are done; the result is in `out`/model. See `train`."""
+    model = language_model(start, optimizer, mesh)
+    train(out, model, steps=steps, save_every=save_every, iterate=iterate)
+
+
+def train(out: Path, trained: Trained, *, steps: int, save_every: int, iterate: Iterate) -> None:
+    """Iterate until `steps` iterations are done, from the newest checkpoint if there is one; store the result.
 
     Args:
-        out: the stage's folder; the model is then in `out`/model.
-        start: the model to train, opened only if there is no checkpoint.
+        out: the stage's folder.
+        trained: what is trained.
         steps: iterations in all.
-        optimizer: an optax transformation.
         save_every: iterations between checkpoints. After the last one the finished model is stored instead.
-        mesh: where the state lies.
         iterate: one iteration: (state, cursor, log) -> (state, cursor, metrics). It may donate the state, but only once
             nothing can interrupt it any more. `cursor["iteration"]` counts what is done.
 
     Raises:
         Interrupted: after a signal, with everything that was done saved.
     """
-    config = checkpoint.open_config(start)
     checkpoints = Checkpoints(out / "checkpoints")
     done = checkpoints.latest()
     if done is None:
-        state = states.create(checkpoint.open_model(start, mesh).params, optimizer, mesh)
-        cursor: Cursor = {"iteration": 0}
+        state, cursor = trained.create(), {"iteration": 0}
     else:
-        state, cursor = checkpoints.restore(done, states.abstract(config, optimizer, mesh))
+        state, cursor = checkpoints.restore(done, trained.abstract())
     try:
         with Log(out, title=out.name, total=steps, start=cursor["iteration"]) as log:
             waiting: list[_Line] = []
@@ -98,8 +125,7 @@ def run(
             _write(log, waiting)
     finally:
         checkpoints.close()
-    tokenizer = checkpoint.open_tokenizer(start)
-    checkpoint.save_model(out / "model", checkpoint.Model(config, state.params, tokenizer))
+    trained.store(out, state)
 
 
 def _write(log: Log, waiting: list[_Line]) -> None:

