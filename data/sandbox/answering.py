@@ -6,11 +6,11 @@ at the stack - reaches a comparison: all that it can do is answer, and expected 
 
 import io
 import operator
-import os
 from collections.abc import Callable
 from typing import Any
 
 from . import codec
+from .pipes import write
 
 MAX_ITEMS = 1_000_000  # of an iterator that is listed
 MUTABLE = (list, dict, set, bytearray)
@@ -56,10 +56,3 @@ def _said(error: Exception) -> str:
         return str(error)[:1000]
     except Exception:
         return "an error that cannot be shown"
-
-
-def write(descriptor: int, data: bytes) -> None:
-    """All the bytes, however many the pipe takes at a time."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]

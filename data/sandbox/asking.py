@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from . import codec
-from .answering import MUTABLE, write
+from .answering import MUTABLE
+from .pipes import write
 
 MAX_LINE = 1 << 26  # bytes of one answer
 _PLAIN_VERBS = ("call", "iterate", "names", "global")

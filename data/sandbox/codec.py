@@ -1,8 +1,8 @@
 """Values as JSON and back: plain data alone, so that what an untrusted process sends can be nothing but data.
 
 None, booleans, numbers, text, bytes and the built-in containers of these are copied, and the built-in types are named;
-anything else stays where it is, and a reference to it is sent. Dictionaries and sets of the collections module arrive
-as plain ones.
+anything else stays where it is, and a reference to it is sent. Dictionaries of the collections module arrive as plain
+ones.
 """
 
 import collections

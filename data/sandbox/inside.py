@@ -1,8 +1,8 @@
 """The first process in a sandbox: it forks the untrusted ones, fences them off, watches them, and reports to outside.
 
-It is trusted and runs with the standard library alone. The untrusted processes are its children: other processes, of
-another user where the sandbox was started by root, that cannot trace or signal it. What it reports goes through a pipe
-that they do not have.
+It is trusted and runs with the standard library alone, and with little of it: its start is what a run costs. The
+untrusted processes are its children: other processes, of another user where the sandbox was started by root, that
+cannot trace or signal it. What it reports goes through a pipe that they do not have.
 """
 
 import builtins
@@ -15,7 +15,8 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from . import answering, asking, fences
+from . import fences
+from .pipes import write
 from .watching import Watched, watch
 
 _NO_FILES: dict[str, Any] = {"files": {}, "workdir": "/", "writable": []}  # for the process of the tests
@@ -36,7 +37,7 @@ def main(spec_descriptor: int, status: int, tests: int) -> None:
     fences.hide()
     try:
         for frame in _judged(spec, status, tests) if spec["tests"] else _cases(spec, status):
-            answering.write(status, json.dumps(frame).encode() + b"\n")
+            write(status, json.dumps(frame).encode() + b"\n")
     except Role as role:
         run = role.run
     else:
@@ -79,6 +80,8 @@ def _run(spec: dict[str, Any], status: int, text: str, program: Callable[[], obj
 
 def _judged(spec: dict[str, Any], status: int, tests: int) -> Iterable[dict[str, Any]]:
     """Run the solution and its tests in two processes with pipes between them: one frame."""
+    from . import answering, asking  # noqa: F401 - loaded here, while files can be read, and only where tests are run
+
     questions, answers, verdicts, errors = os.pipe(), os.pipe(), os.pipe(), os.pipe()
     nothing = _file_with(b"")
     began = time.monotonic()
@@ -176,17 +179,21 @@ def _python(spec: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _answer(spec: dict[str, Any], questions: int, answers: int) -> None:
+    from . import answering
+
     namespace = _python(spec, "solution")
     answering.serve(namespace, os.fdopen(questions, "rb"), answers)
     os._exit(0)  # whatever threads it started
 
 
 def _test(spec: dict[str, Any], answers: int, questions: int, verdicts: int, tests: int) -> None:
+    from . import asking
+
     with os.fdopen(tests, "rb") as file:
         given = json.load(file)
     solution = asking.Solution(os.fdopen(answers, "rb"), questions, objects=given["objects"])
     for failure in asking.run_tests(solution, given["setup"], given["tests"], given["names"]):
-        answering.write(verdicts, json.dumps(failure[:300]).encode() + b"\n")
+        write(verdicts, json.dumps(failure[:300]).encode() + b"\n")
     os._exit(0)
 
 
@@ -199,7 +206,7 @@ def _file_with(data: bytes) -> int:
 
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
-    answering.write(descriptor, data)
+    write(descriptor, data)
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
 

@@ -9,22 +9,19 @@ import select
 import signal
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 WATCH_SECONDS = 0.05  # between two looks at memory, disk and number of processes
 KILL_SECONDS = 5.0
 
 
-@dataclass
 class Watched:
-    """What is known of the untrusted processes: their output, and why they were ended, if they were."""
+    """What is known of the untrusted processes: their output by descriptor, and how those ended that have."""
 
-    limits: dict[str, Any]
-    workdir: str
-    output: dict[int, bytearray] = field(default_factory=dict)  # by descriptor
-    children: dict[int, int] = field(default_factory=dict)  # process id -> exit code of those that have ended
-    used: float = 0.0  # seconds of processor of the last that ended
+    def __init__(self, limits: dict[str, Any], workdir: str, output: dict[int, bytearray]):
+        self.limits, self.workdir, self.output = limits, workdir, output
+        self.children: dict[int, int] = {}  # process id -> exit code
+        self.used = 0.0  # seconds of processor of the wanted one
 
 
 def watch(watched: Watched, main_child: int, children: list[int], status: int) -> str:
