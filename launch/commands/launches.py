@@ -1,0 +1,116 @@
+"""`posttrain ls|status|logs|attach|stop|doctor`: what was launched from this machine, and what became of it."""
+
+import sys
+from collections.abc import Sequence
+
+from ..tpu import cloud, commands, driver, preflight, record, session
+from ..tpu import spec as specs
+from ..tpu.driver import World
+from ..tpu.record import Record
+from ..tpu.spec import Spec
+
+
+def ls() -> None:
+    """Print a line for each launch of this machine."""
+    rows = [("NAME", "RECIPE", "TPU", "ZONE", "STATE", "COSTS", "PREEMPTED", "OUT")]
+    for one in record.every():
+        spec, state = one.spec, one.state
+        tpu = spec.tpu if spec.slices == 1 else f"{spec.slices} x {spec.tpu}"
+        now, costs = state.outcome or state.next, "yes" if state.exists else "no"
+        rows.append((spec.name, spec.recipe, tpu, one.zone, now, costs, str(state.preemptions), spec.out))
+    print(cloud.for_table(rows) if len(rows) > 1 else f"no launches were made from this machine ({record.home()})")
+
+
+def status(name: str, *, json: bool) -> None:
+    """Print what the record, the API and the hosts say of a launch."""
+    one, world = record.load(name), World()
+    if json:
+        print(driver.as_json(one))
+        return
+    print(f"{name}: {one.spec.recipe} on {one.spec.slices} x {one.spec.tpu} in {one.zone}, commit {one.commit}")
+    print(f"record: {one.state.outcome or one.state.next}, {one.state.preemptions} preemptions. {one.state.message}")
+    if not one.state.exists:
+        return
+    seen = driver.described(one, world)
+    if seen is None or seen.problem is not None:
+        print(f"cloud: {seen.problem if seen else 'not asked'}")
+        return
+    print(f"cloud: {seen.resource.state if seen.resource else 'nothing of that name'}")
+    if seen.resource is not None and seen.resource.state == "ACTIVE":
+        answer = world.run(commands.on_hosts(one.spec, one.zone, "look"))
+        rows = [(host.name, host.state, str(host.code)) for host in sorted(cloud.hosts(answer.stdout))]
+        print(cloud.for_table([("HOST", "STATE", "CODE"), *rows]))
+        if len(rows) < one.spec.hosts:
+            print(f"{one.spec.hosts - len(rows)} of {one.spec.hosts} hosts did not answer: {answer.problem}")
+
+
+def logs(name: str, *, worker: str) -> None:
+    """Print the log of a host, from its beginning; what was seen of the first host's is kept when it is gone."""
+    one, world = record.load(name), World()
+    if not one.state.exists:
+        kept = one.folder / "log"
+        print(
+            kept.read_text() if kept.is_file() else f"{name} has no log: {one.state.message or 'it did not start'}",
+            end="",
+        )
+        return
+    offset = 0
+    while True:
+        answer = world.run(commands.on_hosts(one.spec, one.zone, "look", str(offset), worker=worker))
+        found = cloud.hosts(answer.stdout)
+        if answer.problem is not None or not found:
+            raise ValueError(f"host {worker} of {name} does not answer: {answer.problem or 'it has not been started'}")
+        sys.stdout.write(cloud.log_part(answer.stdout))
+        if found[0].size - offset < cloud.PIECE:  # the end, for now
+            return
+        offset = found[0].size
+
+
+def attach(name: str) -> None:
+    """Go on with a launch that was left: follow it, and ask again for slices that it loses."""
+    session.attach(record.load(name), World())
+
+
+def stop(name: str) -> None:
+    """Save and end the program, fetch its report, delete everything."""
+    session.stop(record.load(name), World())
+
+
+def doctor(name: str, *, tpu: str, zone: Sequence[str], project: str) -> None:
+    """Check everything that a launch needs, one of that name or a new one; exit with 1 if something does not hold."""
+    world, one = World(), record.load(name) if name else None
+    if one is None:
+        spec = Spec(
+            name="doctor",
+            recipe="",
+            words=(),
+            out="/",
+            tpu=tpu,
+            zones=tuple(zone),
+            project=project or session.default_project(),
+        )
+    else:
+        spec = one.spec
+    specs.check(spec)
+    failed = False
+    for check in preflight.checks(spec, world.run):
+        print(f"  {'?' if check.holds is None else '✓' if check.holds else '✗'} {check.about}: {check.said}")
+        failed |= check.holds is False
+    if failed or (one is not None and not _hosts_are_well(one, world)):
+        sys.exit(1)
+
+
+def _hosts_are_well(one: Record, world: World) -> bool:
+    if not one.state.exists:
+        return True
+    seen = driver.described(one, world)
+    state = seen.resource.state if seen is not None and seen.resource is not None else "not there"
+    print(f"  {'✓' if state == 'ACTIVE' else '?'} queued resource: {state}")
+    if state != "ACTIVE":
+        return True
+    answer = world.run(commands.on_hosts(one.spec, one.zone, "look"))
+    found = cloud.hosts(answer.stdout)
+    well = len(found) == one.spec.hosts
+    trouble = "" if well else f"; {answer.problem}"
+    print(f"  {'✓' if well else '✗'} hosts: {len(found)} of {one.spec.hosts} answer{trouble}")
+    return well
