@@ -9,16 +9,17 @@ import importlib
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 from tyro.extras import SubcommandApp
 
+from ..train.stop import RUN_AGAIN
 from .commands import launches
 
-WRONG_USAGE, STOPPED, RUN_AGAIN = 2, 130, 75
+WRONG_USAGE, STOPPED = 2, 130
 
 TOP = """Post-training of language models in JAX: recipes that end in a report, and the tools around them.
 
@@ -351,12 +352,20 @@ def main() -> None:
     words = sys.argv[1:]
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    guarded(lambda: build(words).cli(prog="posttrain", description=TOP, args=words), words, debug=debug)
+
+
+def guarded(work: Callable[[], Any], words: Sequence[str], *, debug: bool = False) -> None:
+    """Do the work of a command; where it fails, say why in a sentence and exit with the code for it."""
     try:
-        build(words).cli(prog="posttrain", description=TOP, args=words)
+        work()
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
-        sys.exit(_explain(error, words))
+        code = _explain(error, words)
+        if cluster := sys.modules.get(f"{__package__}.cluster"):
+            cluster.leave(code)
+        sys.exit(code)
 
 
 def _hush_libtpu() -> None:
@@ -369,7 +378,7 @@ def _hush_libtpu() -> None:
 def _explain(error: BaseException, words: Sequence[str]) -> int:
     """Say on stderr what happened; the exit code. Errors that no input explains are raised again."""
     from ..train.checkpoint import CheckpointError
-    from ..train.loop import Interrupted
+    from ..train.stop import Interrupted
 
     if isinstance(error, Interrupted | KeyboardInterrupt):
         if words[:1] != ["run"]:

@@ -12,8 +12,10 @@ from typing import Any, Protocol
 import jax
 
 from ..model.config import ModelConfig
-from ..train.loop import Interrupted, check_stop
+from ..sharding import hosts
+from ..train import attempts, stop
 from ..train.programs import Programs
+from ..train.stop import Interrupted, check_stop
 
 
 class Stage(Protocol):
@@ -45,11 +47,15 @@ class SettingsChangedError(ValueError):
 class Training:
     """The `run` that trains: stages one after the other under one folder.
 
-    A finished stage is skipped, an unfinished one goes on from its newest checkpoint, so running again resumes.
+    A finished stage is skipped, an unfinished one goes on from its newest checkpoint, so running again resumes. On
+    several hosts each has one; the first alone writes what belongs to the run, the others wait where they depend on it.
     """
 
-    def __init__(self, out: Path, *, smoke: bool = False, mesh: jax.sharding.Mesh | None = None) -> None:
-        self.out, self.smoke, self.mesh = out, smoke, mesh
+    def __init__(
+        self, out: Path, *, smoke: bool = False, mesh: jax.sharding.Mesh | None = None, started: float | None = None
+    ) -> None:
+        """`started` is when the process began (Unix time), which the first stage is charged with."""
+        self.out, self.smoke, self.mesh, self._started = out, smoke, mesh, started
 
     def __call__(self, name: str, stage: Stage) -> str:
         """Train the stage unless it is done.
@@ -63,14 +69,28 @@ class Training:
         folder = self.out / name
         self._remember(folder, stage)
         if not (folder / "DONE").exists():
-            with _attempt(folder):
+            stop.set_lossless(True)
+            begun, self._started = self._started or time.time(), None
+            with _attempt(folder, begun):
                 stage.train(folder, self.mesh)
-            (folder / "DONE").touch()
-        # Only after DONE: a kill in between must not leave an unfinished stage with torn checkpoints.
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            hosts.barrier()  # no host may find it done that has not helped
+            if hosts.is_first():
+                (folder / "DONE").touch()
+        if hosts.is_first() and not _keeps(stage):
+            # Only after DONE: a kill in between must not leave an unfinished stage with torn checkpoints.
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return str(folder)
 
     def _remember(self, folder: Path, stage: Stage) -> None:
+        """Write the settings down, or compare them with those that are; every host does, after the first."""
+        if hosts.is_first():
+            self._write_or_compare(folder, stage)
+        hosts.barrier()
+        if not hosts.is_first():
+            self._write_or_compare(folder, stage)
+        hosts.barrier()  # the first may mark the stage as done only when all have looked
+
+    def _write_or_compare(self, folder: Path, stage: Stage) -> None:
         now = relative(settings(stage), self.out)
         path = folder / "stage.json"
         if path.exists():
@@ -81,6 +101,11 @@ class Training:
                     "give another --out, restore the settings, or delete that folder"
                 )
             return
+        if not hosts.is_first():
+            raise FileNotFoundError(
+                f"{hosts.name()} does not see {path}, which the first host has written: give an --out on storage that "
+                "all hosts share (NFS, a mounted bucket)"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(now, indent=2) + "\n")
@@ -88,9 +113,13 @@ class Training:
 
 
 @contextlib.contextmanager
-def _attempt(folder: Path) -> Iterator[None]:
-    """Append the wall time to `folder`/attempts.jsonl: with it, time outside the phases of metrics.jsonl is known."""
-    start, end = time.time(), "failed"
+def _attempt(folder: Path, begun: float) -> Iterator[None]:
+    """Note in `folder`/attempts.jsonl when the attempt began and how it ended."""
+    if not hosts.is_first():
+        yield
+        return
+    attempts.begin(folder, begun)
+    end = "failed"
     try:
         yield
         end = "done"
@@ -98,9 +127,12 @@ def _attempt(folder: Path) -> Iterator[None]:
         end = "interrupted"
         raise
     finally:
-        line = {"started": round(start, 1), "seconds": round(time.time() - start, 3), "end": end}
-        with (folder / "attempts.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        attempts.end(folder, end)
+
+
+def _keeps(stage: Any) -> bool:
+    """Whether the stage's settings ask for checkpoints that outlive it."""
+    return "compute" in {field.name for field in dataclasses.fields(stage)} and stage.compute.keep_every > 0
 
 
 SMOKE = {"steps": 2, "limit": 4}

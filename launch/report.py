@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,23 +11,43 @@ import jinja2
 import rich.box
 from rich.table import Table
 
-from ..train import evaluate, metrics
+from ..train import attempts, evaluate, metrics
 from ..train.evaluate import Score
 from . import charts, comparison, machine
 from .comparison import Comparison, Entry
 
-PHASES: tuple[str, ...] = ("compile", "generate", "verify", "teacher", "train", "checkpoint", "other")
+PHASES = {
+    "init": "imports, devices, opening the model",
+    "compile": "compiling programs",
+    "data": "reading and packing",
+    "rollout": "sampling answers",
+    "verify": "judging answers",
+    "teacher": "scoring by teachers",
+    "train": "gradients and updates",
+    "merge": "merging weights",
+    "sync": "hosts waiting for each other",
+    "checkpoint": "waiting for checkpoints and models to be written",
+    "recovery": "restoring after an interruption",
+    "wasted": "done and lost, or done again",
+    "other": "everything else",
+}
+"""What wall time goes to, over all attempts."""
+GOOD = ("rollout", "verify", "teacher", "train", "merge")
+"""Goodput: the phases that a run exists for."""
+OWN, SLOW, SLOW_SECONDS = ("data", "verify", "checkpoint"), 1.5, 1.0
+"""Phases in which a host waits for no other, and what makes one a straggler: times the median, and seconds in all."""
 SAMPLES = 4
 """Tasks per domain whose answers the page shows: the first ones, not chosen ones."""
 
 
 class StageRecord(NamedTuple):
-    """What a stage left behind: its settings, the lines of its metrics, and wall seconds by phase."""
+    """What a stage left behind: its settings, the lines of its metrics, wall seconds by phase, ends of its attempts."""
 
     name: str
     settings: dict[str, Any]
     lines: list[dict[str, Any]]
     seconds: dict[str, float]
+    ends: tuple[str, ...]
 
 
 def stage_records(out: Path) -> list[StageRecord]:
@@ -41,10 +62,14 @@ def _stage_record(folder: Path) -> StageRecord:
     for line in lines:
         for phase, took in line["seconds"].items():
             seconds[phase if phase in seconds else "other"] += took
-    attempts = metrics.read(folder / "attempts.jsonl") if (folder / "attempts.jsonl").is_file() else []
-    wall = math.fsum(attempt["seconds"] for attempt in attempts)
+    ended = attempts.read(folder)
+    for attempt in ended:
+        for phase, took in attempt["phases"].items():
+            seconds[phase if phase in seconds else "other"] += took
+    wall = math.fsum(attempt["seconds"] for attempt in ended)
     seconds["other"] += max(0.0, wall - sum(seconds.values()))
-    return StageRecord(folder.name, json.loads((folder / "stage.json").read_text()), lines, seconds)
+    settings = json.loads((folder / "stage.json").read_text())
+    return StageRecord(folder.name, settings, lines, seconds, tuple(attempt["end"] for attempt in ended))
 
 
 def summarise(out: Path, compared: Comparison) -> dict[str, Any]:
@@ -72,6 +97,11 @@ def summarise(out: Path, compared: Comparison) -> dict[str, Any]:
         ],
         "shares": {phase: seconds / total if total else 0.0 for phase, seconds in by_phase.items()},
         "seconds": by_phase,
+        "goodput": math.fsum(by_phase[phase] for phase in GOOD) / total if total else 0.0,
+        "restarts": {
+            end: sum(stage.ends.count(end) for stage in stages.values()) for end in ("interrupted", "killed", "failed")
+        },
+        "stragglers": [found for stage in stages.values() for found in stragglers(stage.name, out / stage.name)],
         **machine.read(out),
     }
 
@@ -86,6 +116,27 @@ def _row(entry: Entry, scores: Mapping[str, Score], gains: Mapping[str, tuple[fl
         "recovery_by_domain": recovery,
         "seconds": math.fsum(sum(_stage_record(Path(stage)).seconds.values()) for stage in entry.stages),
     }
+
+
+def stragglers(stage: str, folder: Path) -> list[dict[str, Any]]:
+    """Hosts that worked longer than the others where no host waits for another: stage, host, phase, times the median.
+
+    A chip that is slow makes all of them wait, and is not seen here; a trace (`--profile`) shows it.
+    """
+    file = folder / "paces.jsonl"
+    hosts: dict[str, dict[str, float]] = {}
+    for line in metrics.read(file) if file.is_file() else []:
+        for one in line["hosts"]:
+            mine = hosts.setdefault(one["host"], dict.fromkeys(OWN, 0.0))
+            for phase in OWN:
+                mine[phase] += one["seconds"].get(phase, 0.0)
+    found = []
+    for phase in OWN if len(hosts) > 1 else ():
+        median = statistics.median_low([mine[phase] for mine in hosts.values()])
+        for host, mine in hosts.items():
+            if mine[phase] > max(SLOW * median, SLOW_SECONDS):
+                found.append({"stage": stage, "host": host, "phase": phase, "times": mine[phase] / max(median, 1e-3)})
+    return found
 
 
 def recovered(score: float, start: float, teacher: float) -> float | None:
@@ -133,6 +184,8 @@ def page(out: Path, compared: Comparison, summary: Mapping[str, Any]) -> str:
             (stage, chart) for stage in stages if (chart := charts.curves(stage.name, stage.settings, stage.lines))
         ],
         samples=samples(compared),
+        phases=PHASES,
+        good=GOOD,
         stages=stages,
         total=sum(summary["seconds"].values()),
     )

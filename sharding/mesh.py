@@ -72,6 +72,14 @@ def batch_shardings(batch: Any, mesh: Mesh) -> Any:
     )
 
 
+def place(tree: Any, where: Any) -> Any:
+    """Host arrays, the same on every host, onto the devices; each host hands its own devices their parts."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, where)
+    # device_put would first send all of it to every host, to see that they agree
+    return jax.tree.map(lambda x, at: jax.make_array_from_callback(x.shape, at, lambda index: x[index]), tree, where)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tell the compiler how `x` lies on the mesh set by `jax.set_mesh`; without a mesh, `x` itself."""
     mesh = jax.sharding.get_abstract_mesh()

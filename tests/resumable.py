@@ -20,7 +20,7 @@ from posttrain.data.tasks import Mixture
 from posttrain.launch.recipe import Training
 from posttrain.model.processing import Sampling
 from posttrain.sharding import mesh as meshes
-from posttrain.train import loop
+from posttrain.train import stop
 from posttrain.train.checkpoint import CheckpointError
 from posttrain.train.compute import Compute
 from posttrain.train.distill import Distill
@@ -87,16 +87,15 @@ class Watch:
 def main() -> None:
     """Run the stage; the exit code is the command line's."""
     name, out, teacher, *actions = sys.argv[1:]
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, loop.request_stop)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     for each in actions:
         action, _, event = each.partition("@")
         sys.addaudithook(Watch(action, event))
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
     try:
-        Training(Path(out).parent, mesh=mesh)(Path(out).name, stage(name, teacher))
-    except loop.Interrupted:
+        with stop.listening(grace=60.0):
+            Training(Path(out).parent, mesh=mesh)(Path(out).name, stage(name, teacher))
+    except stop.Interrupted:
         print("Interrupted")
         sys.exit(75)
     except CheckpointError as error:

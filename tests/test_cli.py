@@ -16,7 +16,7 @@ import transformers
 
 from posttrain.launch import cli, lock
 from posttrain.sharding import mesh as meshes
-from posttrain.train import checkpoint, loop
+from posttrain.train import checkpoint, stop
 
 STAGES = {
     "start", "eval-start", "merge-mean", "eval-mean", "merge-ties", "eval-ties", "mopd-full", "eval-mopd-full",
@@ -107,7 +107,7 @@ def test_words_that_make_no_sense_exit_2(posttrain, words):
 
 
 def test_a_run_stopped_by_ctrl_c_exits_75_and_says_how_to_go_on(run):
-    assert run.stopped.returncode == cli.RUN_AGAIN, run.stopped.stderr
+    assert run.stopped.returncode == stop.RUN_AGAIN, run.stopped.stderr
     assert run.stopped.stderr.splitlines()[-1].endswith(f"run the same again: posttrain {' '.join(run.words)}")
     assert "Traceback" not in run.stopped.stderr
 
@@ -154,9 +154,9 @@ def test_a_run_that_another_process_writes_is_left_alone(run, posttrain):
 
 
 def test_a_signal_during_a_run_is_heard_at_the_next_stage(run, posttrain, monkeypatch):
-    monkeypatch.setattr(loop, "_stop", type(loop._stop)())
-    loop.request_stop(signal.SIGTERM, None)
-    assert posttrain(*run.words)[0] == cli.RUN_AGAIN
+    monkeypatch.setattr(stop, "_asked", type(stop._asked)())
+    stop.request_stop(signal.SIGTERM, None)
+    assert posttrain(*run.words)[0] == stop.RUN_AGAIN
 
 
 def test_report_is_made_anew_from_the_folder_alone(run, posttrain):

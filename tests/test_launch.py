@@ -86,7 +86,7 @@ def test_a_dry_run_needs_no_gcloud_and_leaves_nothing(posttrain, tmp_path, monke
     code, stdout, _ = posttrain(*WORDS, "--project", "my-project", "--spot", "--dry-run")
     assert (code, list(tmp_path.iterdir())) == (0, [])
     assert "gcloud compute tpus queued-resources create first --node-id first --accelerator-type=v6e-16" in stdout
-    assert "exec .venv/bin/posttrain run sft --out gs://bucket/runs/first --model tiny" in stdout
+    assert "exec .venv/bin/posttrain run sft --out bucket/runs/first --model tiny" in stdout
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,10 @@ def test_a_dry_run_needs_no_gcloud_and_leaves_nothing(posttrain, tmp_path, monke
         ({"project": "My Project"}, "--project 'My Project' is not the id of a project"),
         ({"out": "runs/first"}, "--out 'runs/first' is a folder of this machine"),
         ({"out": "gs://bucket"}, "give a folder in a bucket"),
+        (
+            {"words": ("--model", "gs://other/m")},
+            "'gs://other/m' is not in the bucket of --out 'gs://bucket/runs/first'",
+        ),
         ({"reservation": "ours"}, "--reservation 'ours' goes with --reserved, not with spot capacity"),
         ({"capacity": "flex", "hours": 200.0}, "flex-start capacity lasts from 1 to 168 hours"),
     ],
@@ -183,7 +187,9 @@ def test_options_reach_the_hosts_as_they_were_given():
     words = launch.words(sft.recipe, given)
     assert words == ("--model", "a b; rm -rf /", "--data", "gs://b/x.jsonl", "y")  # defaults stay away
     script = bundle.run_script(fake_cloud.spec(words=words))
-    assert shlex.split(script)[-5:] == list(words)  # quoted once, for the shell of the host
+    assert shlex.split(script)[-5:] == [words[0], words[1], "--data", "gs://b/x.jsonl", "y"]  # quoted once, for bash
+    in_bucket = fake_cloud.spec(words=("--model", "gs://bucket/models/a b"))
+    assert bundle.run_script(in_bucket).endswith("--out bucket/runs/first --model 'bucket/models/a b'\n")
 
 
 def test_the_companions_work_from_the_record(cloud, posttrain):
@@ -223,6 +229,6 @@ def test_the_wheel_is_that_of_the_commit(tmp_path, monkeypatch):
     [wheel] = tmp_path.glob("*.whl")
     assert wheel.name.startswith(f"posttrain-0.1.0+g{commit.replace('+', '.dirty')}-py3")
     target = bundle.write(fake_cloud.spec(), tmp_path, wheels=tmp_path)
-    names = {"host.sh", "run.sh", "constraints.txt", "bucket", wheel.name}
+    names = {"host.sh", "run.sh", "constraints.txt", "bucket-name", wheel.name}
     assert (target.name, {file.name for file in target.iterdir()}) == (commands.folder("first"), names)
     assert json.loads(bundle.settings(fake_cloud.spec()))["words"] == ["--model", "tiny"]

@@ -10,7 +10,7 @@ import pytest
 from posttrain.launch import comparison, lock, machine
 from posttrain.launch.comparison import Comparison, Entry
 from posttrain.launch.recipe import SettingsChangedError, Training, differences, relative, settings
-from posttrain.train.loop import Interrupted
+from posttrain.train.stop import Interrupted
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,15 @@ def add_training(folder: Path, lines: list[dict], attempts: list[float]) -> None
     folder.mkdir(parents=True)
     (folder / "stage.json").write_text(json.dumps({"kind": "RL", "steps": len(lines)}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows = [{"started": 0.0, "seconds": seconds, "end": "done"} for seconds in attempts]
+    ends = ["killed"] * (len(attempts) - 1) + ["done"]
+    rows = [
+        {"started": 0.0, "seconds": seconds, "end": end, "phases": {"wasted": 2.0} if end == "killed" else {}}
+        for seconds, end in zip(attempts, ends, strict=False)
+    ]
     (folder / "attempts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paces = [("host 0 (a)", 1.0, 5.0), ("host 1 (b)", 1.2, 5.0), ("host 2 (c)", 4.0, 5.0)]
+    own = [{"host": host, "seconds": {"verify": verify, "train": train}} for host, verify, train in paces]
+    (folder / "paces.jsonl").write_text(json.dumps({"step": 10, "hosts": own}) + "\n")
 
 
 @pytest.fixture
@@ -57,7 +64,7 @@ def out(tmp_path) -> Path:
         add_evaluation(out / f"eval-{name}", right)
     lines = [
         {"step": step, "reward": step / 20, "reward/sums": 0.1, "reward/words": 0.2, "kl": 1 / step,
-         "seconds": {"generate": 2.0, "train": 1.0, "verify": 0.25}}
+         "seconds": {"rollout": 2.0, "train": 1.0, "verify": 0.25}}
         for step in range(1, 11)
     ]  # fmt: skip
     add_training(out / "rl", lines, attempts=[20.0, 30.0])
@@ -98,15 +105,25 @@ def test_report_json_holds_what_it_promises(out):
 
 def test_time_outside_the_phases_is_other_and_restarts_add_up(out):
     summary = report.write(out, report.stored_comparison(out))
-    assert summary["seconds"] == pytest.approx({
-        "compile": 1.0, "generate": 20.0, "verify": 2.5, "teacher": 0.0, "train": 10.0, "checkpoint": 0.0,
-        "other": 3.0 + (50.0 - 32.5),
-    })  # fmt: skip
+    spent = {"compile": 1.0, "rollout": 20.0, "verify": 2.5, "train": 10.0, "merge": 3.0, "wasted": 2.0}
+    assert summary["seconds"] == pytest.approx(dict.fromkeys(report.PHASES, 0.0) | spent | {"other": 50.0 - 34.5})
     assert sum(summary["shares"].values()) == pytest.approx(1.0)
-    assert summary["shares"]["generate"] == pytest.approx(20 / 54)
+    assert summary["shares"]["rollout"] == pytest.approx(20 / 54)
+    assert summary["goodput"] == pytest.approx((20 + 2.5 + 10 + 3) / 54)
+    assert summary["restarts"] == {"interrupted": 0, "killed": 1, "failed": 0}
     assert {row["name"]: row["seconds"] for row in summary["rows"]} == pytest.approx(
         {"start": 0.0, "adder": 4.0, "writer": 0.0, "student": 54.0}
     )
+
+
+def test_a_host_that_works_longer_where_none_waits_for_another_is_named(out):
+    found = report.write(out, report.stored_comparison(out))["stragglers"]
+    assert {(one["stage"], one["host"], one["phase"]) for one in found} == {
+        ("rl", "host 2 (c)", "verify"),
+        ("merge", "host 2 (c)", "verify"),
+    }
+    assert found[0]["times"] == pytest.approx(4.0 / 1.2)
+    assert "host 2 (c) took 3.3 times as long as the median host to verify in rl" in (out / "report.html").read_text()
 
 
 def test_the_page_stands_alone_and_shows_text_as_text(out):

@@ -116,12 +116,13 @@ def test_a_checkpoint_of_one_mesh_restores_onto_another(tmp_path):
 
 
 def test_a_log_that_was_torn_in_the_middle_of_a_line_goes_on_behind_the_last_whole_one(tmp_path):
-    lines = [json.dumps({"step": step, "loss": 1.5}) for step in (1, 2, 3)]
+    lines = [json.dumps({"step": step, "loss": 1.5, "seconds": {"train": 2.0}}) for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "lo')
     with metrics.Log(tmp_path, title="", total=4, start=2) as log:
         log.write(3, {"loss": 0.5})
     found = metrics.read(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["loss"]) for line in found] == [(1, 1.5), (2, 1.5), (3, 0.5)]
+    assert found[-1]["seconds"]["wasted"] == 2.0  # of the step that is done again
 
 
 def test_other_errors_are_not_called_a_full_disk(tmp_path):

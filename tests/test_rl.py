@@ -18,7 +18,7 @@ from posttrain.model import transformer
 from posttrain.model.processing import Sampling
 from posttrain.model.sample import Noise
 from posttrain.sharding import mesh as meshes
-from posttrain.train import checkpoint, loop, metrics, rl, rollout, score, step
+from posttrain.train import checkpoint, metrics, rl, rollout, score, step, stop
 from posttrain.train.compute import Compute
 from posttrain.train.optimizer import AdamW
 from posttrain.train.rl import RL, Objective
@@ -200,12 +200,12 @@ def test_a_signal_ends_the_rollouts_at_the_next_answer(tmp_path):
     model = checkpoint.open_model("tiny", one_device())
     with VerifierPool(1) as pool, metrics.Log(tmp_path, title="", total=1) as log:
         sampler = rollout.Sampler(sampling=SAMPLING, slots=2, mesh=one_device(), pool=pool, log=log)
-        loop.request_stop(signal.SIGTERM, None)
+        stop.request_stop(signal.SIGTERM, None)
         try:
-            with pytest.raises(loop.Interrupted):
+            with pytest.raises(stop.Interrupted):
                 sampler.rollouts(model, [Likes(domain="north")[0]] * 4, num_samples=2, noise=Noise())
         finally:
-            loop._stop.clear()
+            stop._asked.clear()
         assert pool.counts["judged"] == 0
 
 

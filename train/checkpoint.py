@@ -23,6 +23,7 @@ from ..data.tokenizer import Tokenizer
 from ..model import config as configs
 from ..model import pretrained, transformer
 from ..model.config import ModelConfig
+from ..sharding import hosts
 from . import state as states
 from .step import State
 
@@ -45,11 +46,16 @@ class Model(NamedTuple):
 
 
 class Checkpoints:
-    """The training checkpoints of one stage, written in the background, the newest two kept."""
+    """The training checkpoints of one stage, written in the background.
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+    The newest `keep` are kept, and those of steps that are multiples of `keep_every`, if it is not 0.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2, keep_every: int = 0) -> None:
         self.folder = folder.resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
+        )
         handlers = {"state": _handler(), "cursor": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
@@ -84,18 +90,22 @@ class Checkpoints:
 
 
 def save_model(folder: Path, model: Model) -> None:
-    """Write a finished model; the folder appears only when it is whole."""
+    """Write a finished model; the folder appears only when it is whole. Every host must call."""
     folder = folder.resolve()
     partial = folder.with_name(folder.name + ".partial")
     with _explained(folder):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        (partial / "model.json").write_text(configs.to_json(model.config))
-        model.tokenizer.save(partial / "tokenizer")
+        if hosts.is_first():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            (partial / "model.json").write_text(configs.to_json(model.config))
+            model.tokenizer.save(partial / "tokenizer")
+        hosts.barrier()
         with ocp.Checkpointer(_handler()) as writer:
             writer.save(partial / "params", args=ocp.args.PyTreeSave(model.params))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        if hosts.is_first():
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        hosts.barrier()
 
 
 def model_folder(path_or_name: str | Path) -> Path | None:

@@ -15,7 +15,8 @@ class Compute:
 
     `dtype` None means bfloat16 activations on accelerators and float32 on CPU. `row_tokens` is the length of a packed
     row and `micro_rows` how many of them go through a model at a time (rounded up to fill the mesh's data axes).
-    `slots` is how many answers are generated at a time. `save_every` counts steps between checkpoints.
+    `slots` is how many answers are generated at a time. `save_every` counts steps between checkpoints, of which the
+    newest `keep` are kept, and those of every `keep_every`th step, unless that is 0.
     """
 
     dtype: str | None = None
@@ -24,6 +25,8 @@ class Compute:
     micro_rows: int = 4
     slots: int = 64
     save_every: int = 10
+    keep: int = 2
+    keep_every: int = 0
 
     def configure(self, config: ModelConfig) -> ModelConfig:
         """The model's config with this precision and remat policy."""

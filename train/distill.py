@@ -214,6 +214,8 @@ class Distill:
                 steps=self.steps,
                 optimizer=optimizer,
                 save_every=self.compute.save_every,
+                keep=self.compute.keep,
+                keep_every=self.compute.keep_every,
                 mesh=mesh,
                 iterate=iterate,
             )

@@ -13,6 +13,7 @@ from ..data.task import TaskSource
 from ..data.verify.pool import VerifierPool
 from ..model import sample
 from ..model.processing import Sampling
+from ..sharding import hosts
 from ..sharding import mesh as meshes
 from . import checkpoint, programs, rollout
 from .compute import Compute
@@ -66,10 +67,11 @@ class Evaluate:
     def train(self, out: Path, mesh: jax.sharding.Mesh | None = None) -> None:
         """Write `out`/scores.json and every answer to `out`/rollouts."""
         mesh = mesh or meshes.make_mesh()
-        model = checkpoint.open_model(self.model, mesh)
-        model = model._replace(config=self.compute.configure(model.config))
         rewards: dict[str, list[float]] = {}
         with VerifierPool(self.verifiers) as pool, Log(out, title=out.name, total=len(self.tasks)) as log:
+            with log.phase(log.opening):
+                model = checkpoint.open_model(self.model, mesh)
+                model = model._replace(config=self.compute.configure(model.config))
             sampler = Sampler(sampling=self.sampling, slots=self.compute.slots, mesh=mesh, pool=pool, log=log)
             for index, source in enumerate(self.tasks):
                 chosen = [source[i] for i in range(min(self.limit, len(source)))]
@@ -79,7 +81,8 @@ class Evaluate:
                 rewards.setdefault(source.domain, []).extend(one[0].reward for one in groups)
                 log.write(index + 1, rollout.statistics(groups))
         text = json.dumps({domain: wilson(found)._asdict() for domain, found in rewards.items()}, indent=2)
-        (out / "scores.json").write_text(text + "\n")
+        if hosts.is_first():
+            (out / "scores.json").write_text(text + "\n")
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
         """The compiled programs of this stage and their abstract arguments."""

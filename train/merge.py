@@ -17,6 +17,7 @@ from ..model.config import RUNTIME_FIELDS, ModelConfig
 from ..sharding import mesh as meshes
 from . import checkpoint, merge_math, programs
 from .metrics import Log
+from .stop import check_stop
 
 Merge = Callable[..., jax.Array]
 
@@ -50,8 +51,11 @@ class _Merging:
                     name, tensors = arrivals[0][0], [tensor for _, tensor in arrivals]
                     merge = self._compiled(name, tensors[0].sharding)
                     checkpoint.put_leaf(params, name, jax.block_until_ready(merge(tensors)))
+                check_stop()
                 log.write(index + 1, {})
-        checkpoint.save_model(out / "model", checkpoint.Model(config, params, checkpoint.open_tokenizer(paths[0])))
+            with log.phase("checkpoint"):
+                tokenizer = checkpoint.open_tokenizer(paths[0])
+                checkpoint.save_model(out / "model", checkpoint.Model(config, params, tokenizer))
 
     def _compiled(self, name: str, where: Any) -> Any:
         return _jitted(self, self._alike(name), where)

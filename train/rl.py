@@ -144,6 +144,8 @@ class RL:
                 steps=self.steps,
                 optimizer=optimizer,
                 save_every=self.compute.save_every,
+                keep=self.compute.keep,
+                keep_every=self.compute.keep_every,
                 mesh=mesh,
                 iterate=iterate,
             )

@@ -10,16 +10,17 @@ import numpy as np
 
 from ..data import chat
 from ..data.pack import Example, Group, pack_groups
-from ..data.task import Task
+from ..data.task import Task, Verdict
 from ..data.verify.pool import VerifierPool
 from ..model import sample
 from ..model.processing import Sampling
+from ..sharding import hosts
 from . import updater
 from .checkpoint import Model
 from .compute import Compute
-from .loop import check_stop
 from .losses import advantage
 from .metrics import Log
+from .stop import check_stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class Sampler:
         """`num_samples` judged answers to each task."""
         prompts = [chat.render(model.tokenizer, task.messages, add_generation_prompt=True) for task in tasks]
         sampling = with_stops(self.sampling, model)
-        with self.log.phase("generate"):
+        with self.log.phase("rollout"):
             answers = sample.generate(
                 model.config,
                 model.params,
@@ -68,13 +69,13 @@ class Sampler:
                 mesh=self.mesh,
                 on_finish=lambda _: check_stop(),
             )
+        flat = [(task, answer) for task, group in zip(tasks, answers, strict=True) for answer in group]
         with self.log.phase("verify"):
-            flat = [
-                (task, model.tokenizer.decode(answer.tokens.tolist(), skip_special=True))
-                for task, group in zip(tasks, answers, strict=True)
-                for answer in group
-            ]
-            verdicts = iter(self.pool.judge([task for task, _ in flat], [text for _, text in flat]))
+            mine = hosts.share(flat)  # each host's workers judge their part of the answers
+            texts = [model.tokenizer.decode(answer.tokens.tolist(), skip_special=True) for _, answer in mine]
+            judged = self.pool.judge([task for task, _ in mine], texts)
+        with self.log.phase("sync"):
+            verdicts = (Verdict(*fields) for fields in hosts.together(judged))
         return [
             [self._rollout(task, prompt, answer, next(verdicts), version) for answer in group]
             for task, prompt, group in zip(tasks, prompts, answers, strict=True)
@@ -150,7 +151,9 @@ def statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
 
 
 def write(folder: Path, step: int, groups: Sequence[Sequence[Rollout]], decode: Callable[[list[int]], str]) -> None:
-    """Write the rollouts of a step to `folder`/STEP.jsonl, as text that people can read."""
+    """Write the rollouts of a step to `folder`/STEP.jsonl, as text that people can read. One host does."""
+    if not hosts.is_first():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{step:06d}.jsonl").open("w") as file:
         for one in groups:

@@ -17,6 +17,7 @@ from ..data.task import Message
 from ..data.tokenizer import Tokenizer
 from ..model import transformer
 from ..model.config import ModelConfig
+from ..sharding import hosts
 from ..sharding import mesh as meshes
 from . import checkpoint, loop, programs
 from .compute import Compute
@@ -51,16 +52,18 @@ def batch(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], *, l
     Raises:
         ValueError: for a conversation longer than a row, or one in which the assistant says nothing.
     """
-    examples = []
-    for conversation in conversations:
-        tokens, mask = chat.render_with_mask(tokenizer, conversation)
-        if len(tokens) > length:
-            raise ValueError(
-                f"a conversation has {len(tokens)} tokens and a row {length}: raise row_tokens or leave it out; "
-                f"it begins {str(conversation[0]['content'])[:60]!r}"
-            )
-        examples.append(Example(tokens=tokens, mask=mask))
-    return pack(examples, length=length).batch
+    return pack([example(tokenizer, one, length=length) for one in conversations], length=length).batch
+
+
+def example(tokenizer: Tokenizer, conversation: Sequence[Message], *, length: int) -> Example:
+    """A conversation rendered and masked; for errors see `batch`."""
+    tokens, mask = chat.render_with_mask(tokenizer, conversation)
+    if len(tokens) > length:
+        raise ValueError(
+            f"a conversation has {len(tokens)} tokens and a row {length}: raise row_tokens or leave it out; "
+            f"it begins {str(conversation[0]['content'])[:60]!r}"
+        )
+    return Example(tokens=tokens, mask=mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +88,14 @@ class SFT:
         updater = Updater(loss(config), optimizer, mesh)
 
         def iterate(state: State, cursor: loop.Cursor, log: Log) -> tuple[State, loop.Cursor, Any]:
-            first = cursor["iteration"] * self.batch_size
+            first, length = cursor["iteration"] * self.batch_size, self.compute.row_tokens
             with log.phase("data"):
-                chosen = [conversations[first + i] for i in range(self.batch_size)]
-                rows = batch(tokenizer, chosen, length=self.compute.row_tokens)
+                mine = hosts.share(range(first, first + self.batch_size))  # each host renders its part
+                rendered = [example(tokenizer, conversations[index], length=length) for index in mine]
+            with log.phase("sync"):
+                rendered = hosts.together([[list(one.tokens), list(one.mask)] for one in rendered])
+            with log.phase("data"):
+                rows = pack([Example(tokens=tokens, mask=mask) for tokens, mask in rendered], length=length).batch
             with log.phase("train"):
                 state, metrics = updater.step(state, micro_batches(rows, self.compute.rows(mesh), mesh))
             return state, cursor, metrics
@@ -99,6 +106,8 @@ class SFT:
             steps=self.steps,
             optimizer=optimizer,
             save_every=self.compute.save_every,
+            keep=self.compute.keep,
+            keep_every=self.compute.keep_every,
             mesh=mesh,
             iterate=iterate,
         )

@@ -80,7 +80,7 @@ def micro_batches(batch: Batch, rows: int, mesh: jax.sharding.Mesh) -> list[dict
     for start in range(0, total, rows):
         piece = {name: _filled(value[start : start + rows], rows) for name, value in batch.items()}
         if np.any(piece["mask"]):
-            pieces.append(jax.device_put(piece, meshes.batch_shardings(piece, mesh)))
+            pieces.append(meshes.place(piece, meshes.batch_shardings(piece, mesh)))
     return pieces
 
 

@@ -6,8 +6,10 @@ from typing import Literal
 import rich.console
 
 from ...model import hf
+from ...sharding import hosts
 from ...sharding import mesh as meshes
 from ...train import checkpoint
+from .. import cluster
 
 Format = Literal["hf", "posttrain"]
 Dtype = Literal["float32", "bfloat16"]
@@ -23,10 +25,13 @@ def main(source: str, out: Path, *, format: Format, dtype: Dtype) -> None:
         raise ValueError(f"--dtype {dtype} is for --format hf: models of ours are always float32")
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: give another --out, or delete it first")
-    model = checkpoint.open_model(source, meshes.make_mesh())
-    if format == "hf":
-        hf.save_hf(out, model.config, model.params, dtype=dtype)
-        model.tokenizer.save(out)
-    else:
-        checkpoint.save_model(out, model)
-    rich.console.Console(markup=False).print(f"converted: {out}", soft_wrap=True, highlight=False)
+    with cluster.joined():
+        model = checkpoint.open_model(source, meshes.make_mesh())
+        if format == "posttrain":
+            checkpoint.save_model(out, model)
+        else:
+            hf.save_hf(out, model.config, model.params, dtype=dtype)
+            if hosts.is_first():
+                model.tokenizer.save(out)
+        if hosts.is_first():
+            rich.console.Console(markup=False).print(f"converted: {out}", soft_wrap=True, highlight=False)

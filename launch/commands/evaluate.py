@@ -1,5 +1,6 @@
 """`posttrain eval`: score any model on task sources."""
 
+import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ from rich.table import Table
 from ...data.task import TaskSource
 from ...data.tasks import Split
 from ...model.processing import Sampling
+from ...sharding import hosts
 from ...train import evaluate
 from ...train.compute import Compute
-from .. import lock, report
+from .. import cluster, lock, report
 from ..tasks import Verifier, source
 
 
@@ -33,15 +35,13 @@ def main(
     stage = evaluate.Evaluate(
         model=model, tasks=sources, sampling=sampling, limit=limit, compute=Compute(slots=min(64, limit)), seed=seed
     )
-    if out is None:
-        with tempfile.TemporaryDirectory() as folder:
-            stage.train(Path(folder) / "eval")
-            scores = evaluate.read(Path(folder) / "eval")
-    else:
-        with lock.held(out):
-            stage.train(out)
-            scores = evaluate.read(out)
-    rich.console.Console(markup=False).print(table(model, scores))
+    with cluster.joined(), contextlib.ExitStack() as stack:
+        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "eval"
+        if out is not None and hosts.is_first():
+            stack.enter_context(lock.held(out))
+        stage.train(folder)
+        if hosts.is_first():
+            rich.console.Console(markup=False).print(table(model, evaluate.read(folder)))
 
 
 def table(model: str, scores: Mapping[str, evaluate.Score]) -> Table:

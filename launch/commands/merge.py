@@ -1,11 +1,13 @@
 """`posttrain merge`: several fine-tuned models become one."""
 
+import contextlib
 from pathlib import Path
 
 import rich.console
 
+from ...sharding import hosts
 from ...train import merge
-from .. import lock
+from .. import cluster, lock
 from ..recipe import Stage, Training
 
 
@@ -38,6 +40,8 @@ def dare(
 
 def _train(stage: Stage, out: Path) -> None:
     """As a recipe's stage: its settings are kept beside the model, and other settings are not written over it."""
-    with lock.held(out):
-        Training(out.parent)(out.name, stage)
-    rich.console.Console(markup=False).print(f"merged: {out / 'model'}", soft_wrap=True, highlight=False)
+    with cluster.joined():
+        with lock.held(out) if hosts.is_first() else contextlib.nullcontext():
+            Training(out.parent)(out.name, stage)
+        if hosts.is_first():
+            rich.console.Console(markup=False).print(f"merged: {out / 'model'}", soft_wrap=True, highlight=False)

@@ -1,19 +1,21 @@
 """`posttrain run`: train a recipe stage by stage, then compare what it made."""
 
+import contextlib
 import importlib
 import inspect
-import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import rich.console
 import tyro
 
-from ...train import loop
-from .. import comparison, lock, machine, report
+from ...sharding import hosts
+from ...train import profile, stop, watchdog
+from .. import cluster, comparison, lock, machine, report
 from ..comparison import Comparison
 from ..recipe import Training
 
@@ -32,9 +34,20 @@ def command(name: str) -> Callable[..., None]:
         smoke: Annotated[
             bool, tyro.conf.arg(help="Shrink every stage to a few steps and items, to see it run from end to end.")
         ] = False,
+        profile: Annotated[
+            str,
+            tyro.conf.arg(metavar="A:B", help="Trace these steps of every training stage, for xprof."),
+        ] = "",
+        grace: Annotated[
+            float, tyro.conf.arg(help="Seconds that SIGTERM leaves to reach a place where everything can be saved.")
+        ] = 25.0,
+        stuck_after: Annotated[
+            float, tyro.conf.arg(help="Leave, with all stacks written down, when nothing moves for this many seconds.")
+        ] = 600.0,
         **options: Any,
     ) -> None:
-        train(module.recipe, out, smoke=smoke, options=options)
+        watch = Watch(profile=steps(profile), grace=grace, stuck_after=stuck_after)
+        train(module.recipe, out, smoke=smoke, options=options, watch=watch)
 
     return with_options(go, module.recipe)
 
@@ -52,19 +65,51 @@ def with_options(go: Callable[..., None], recipe: Callable[..., Any]) -> Callabl
     return go
 
 
-def train(recipe: Callable[..., Any], out: Path, *, smoke: bool, options: dict[str, Any]) -> None:
-    """Run the recipe to its end, write the report, print the comparison. SIGINT and SIGTERM stop it with all saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, loop.request_stop)
-    with lock.held(out):
+class Watch(NamedTuple):
+    """Beside the recipe: steps to trace, seconds that SIGTERM leaves, seconds that nothing may move."""
+
+    profile: range = range(0)
+    grace: float = 25.0
+    stuck_after: float = 600.0
+
+
+def steps(text: str) -> range:
+    """The steps that such as '10:12' stands for, both included; none for nothing.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    first, _, last = text.partition(":")
+    if not text:
+        return range(0)
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError(f"--profile {text!r}: give the first and the last step to trace, such as 10:12")
+    return range(int(first), int(last) + 1)
+
+
+def train(recipe: Callable[..., Any], out: Path, *, smoke: bool, options: dict[str, Any], watch: Watch) -> None:
+    """Run the recipe to its end, write the report, print the comparison. SIGINT and SIGTERM stop it with all saved.
+
+    On several hosts all of them run this; the first writes the report.
+    """
+    started = time.time() - time.process_time()
+    profile.request(watch.profile)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stop.listening(watch.grace))
+        stack.enter_context(cluster.joined())
+        if hosts.is_first():
+            stack.enter_context(lock.held(out))
+        stack.enter_context(watchdog.watching(out / "stacks", seconds=watch.stuck_after))
         _remember_compilations(out)
         try:
-            found = recipe(Training(out, smoke=smoke), **options)
+            found = recipe(Training(out, smoke=smoke, started=started), **options)
         finally:
-            machine.record(out)
-        if isinstance(found, Comparison):
-            comparison.write(found, out)
-        show(out)
+            if hosts.is_first():
+                machine.record(out)
+        if hosts.is_first():
+            if isinstance(found, Comparison):
+                comparison.write(found, out)
+            show(out)
 
 
 def _remember_compilations(out: Path) -> None:

@@ -52,11 +52,17 @@ bootstrap() {
       refuse "the packages of $(echo ./*.whl) cannot be installed: has the host a way to the package index (an external address, or Cloud NAT)?"
     echo "$stamp" >.venv/stamp
   fi
-  if [ -f bucket ]; then
-    gcloud storage ls "$(cat bucket)" >/dev/null 2>&1 ||
-      refuse "$(cat bucket) cannot be read from here: give the hosts' service account roles/storage.objectAdmin on it"
-  fi
+  if [ -f bucket-name ]; then mount_bucket; fi
   echo "posttrain-ready $(hostname)"
+}
+
+mount_bucket() { # what one host writes the others see at once, and renaming a folder works
+  if mountpoint -q bucket; then return; fi
+  command -v gcsfuse >/dev/null || sudo apt-get -qq install --yes gcsfuse >/dev/null ||
+    refuse "there is no gcsfuse to mount the bucket with: mount it by other means, and give --out as a path"
+  mkdir -p bucket
+  gcsfuse --implicit-dirs --metadata-cache-ttl-secs 0 --rename-dir-limit 1000000 "$(cat bucket-name)" bucket >/dev/null ||
+    refuse "gs://$(cat bucket-name) cannot be mounted: give the hosts' service account roles/storage.objectAdmin on it"
 }
 
 start() {

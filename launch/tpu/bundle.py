@@ -79,8 +79,8 @@ def write(spec: Spec, folder: Path, *, wheels: Path) -> Path:
     for file in (HOST, ROOT / "constraints.txt", *wheels.glob("*.whl")):
         shutil.copy(file, target / file.name)
     (target / "run.sh").write_text(run_script(spec))
-    if spec.out.startswith("gs://"):
-        (target / "bucket").write_text(f"gs://{spec.out.removeprefix('gs://').partition('/')[0]}\n")
+    if spec.bucket:
+        (target / "bucket-name").write_text(f"{spec.bucket}\n")
     if spec.env_file:
         secrets = target / "secrets.env"
         secrets.touch(mode=0o600)
@@ -89,9 +89,12 @@ def write(spec: Spec, folder: Path, *, wheels: Path) -> Path:
 
 
 def run_script(spec: Spec) -> str:
-    """The script that becomes the program, on every host."""
+    """The script that becomes the program, on every host; its bucket is mounted beside it, as the folder `bucket`."""
     words = [".venv/bin/posttrain", "run", spec.recipe, "--out", spec.out, *spec.words]
-    return f"exec {shlex.join(words)}\n"
+    prefix = f"gs://{spec.bucket}/"
+    return (
+        f"exec {shlex.join(f'bucket/{one.removeprefix(prefix)}' if one.startswith(prefix) else one for one in words)}\n"
+    )
 
 
 def check_env_file(name: str) -> None:

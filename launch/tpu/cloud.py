@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from ...train.stop import RUN_AGAIN
 from .commands import LABEL, Command
 from .errors import Problem, classify
-from .lifecycle import RUN_AGAIN, Host, Resource
+from .lifecycle import Host, Resource
 from .spec import Spec
 
 TICK = 0.05

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from ...train.stop import RUN_AGAIN
 from .errors import Act, Problem, classify
 
 
@@ -111,7 +112,6 @@ class Limits:
 
 
 LOST = ("SUSPENDING", "SUSPENDED", "DELETING")
-RUN_AGAIN = 75
 KILLED = (137, 143)
 ABORTED = 134  # JAX ends a process that has lost another one
 RUNNING = (Action.FOLLOW, Action.JUDGE, Action.HALT, Action.FETCH)

@@ -113,6 +113,10 @@ def _quota(spec: Spec, zone: str, rows: list[dict]) -> Check:
     )
 
 
+FOLDERS = "--uniform-bucket-level-access --enable-hierarchical-namespace"
+"""Options of a bucket in which renaming a folder is one step, as on a disk."""
+
+
 def _bucket(spec: Spec, run: Run) -> Check:
     """Whether the run folder can be read, and holds no other run."""
     if not spec.out.startswith("gs://"):
@@ -127,8 +131,8 @@ def _bucket(spec: Spec, run: Run) -> Check:
         return Check("run folder", True, f"{spec.out} holds this run: it goes on")
     if answer.problem.kind == "absent" and "matched no objects" in answer.problem.text:
         return Check("run folder", True, f"{spec.out} is new")
-    where = f"gs://{spec.out.removeprefix('gs://').partition('/')[0]}"
-    said = f"{where} cannot be read: create it with `gcloud storage buckets create {where}`, or ask for access"
+    create = f"gcloud storage buckets create gs://{spec.bucket} --project={spec.project} {FOLDERS}"
+    said = f"gs://{spec.bucket} cannot be read: create it with `{create}`, or ask for access"
     return Check("run folder", False, f"{said}; {answer.problem}")
 
 

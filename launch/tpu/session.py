@@ -3,13 +3,14 @@
 import signal
 import sys
 
+from ...train.stop import RUN_AGAIN
 from .. import lock
 from . import bundle, cloud, commands, driver, preflight, record
 from .driver import World
 from .record import Record
 from .spec import Spec
 
-FAILED, STOPPED, LEFT = 1, 130, 75
+FAILED, STOPPED = 1, 130
 
 
 def launch(spec: Spec, fetch: str, world: World, *, dirty: bool) -> None:
@@ -81,14 +82,14 @@ def finish(one: Record, world: World) -> None:
         world.say(
             f"  posttrain attach {name}   goes on with it\n  posttrain stop {name}     saves, ends and deletes it"
         )
-        sys.exit(FAILED if state.outcome == "failed" else LEFT)
+        sys.exit(FAILED if state.outcome == "failed" else RUN_AGAIN)
     if state.outcome == "done":
         world.say(
             f"{name}: done; nothing is left of it in the cloud. {state.message or f'report: {one.fetch}/report.html'}"
         )
         return
     world.say(f"{name}: {state.outcome or 'left'}: {state.message}. Nothing is left of it in the cloud")
-    sys.exit(FAILED if state.outcome == "failed" else STOPPED if state.outcome == "stopped" else LEFT)
+    sys.exit(FAILED if state.outcome == "failed" else STOPPED if state.outcome == "stopped" else RUN_AGAIN)
 
 
 def stop(one: Record, world: World) -> None:

@@ -49,6 +49,11 @@ class Spec:
         return topology.parse(self.tpu, slices=self.slices)
 
     @property
+    def bucket(self) -> str:
+        """The bucket that holds the run folder; empty for a disk that the hosts mount."""
+        return self.out.removeprefix("gs://").partition("/")[0] if self.out.startswith("gs://") else ""
+
+    @property
     def node_names(self) -> tuple[str, ...]:
         """One node is one slice; that of a single slice has the name of its queued resource."""
         return (self.name,) if self.slices == 1 else tuple(f"{self.name}-{i}" for i in range(self.slices))
@@ -91,6 +96,9 @@ def check(spec: Spec) -> None:
         raise ValueError(f"--project {spec.project!r} is not the id of a project: see `gcloud projects list`")
     _check_capacity(spec)
     _check_out(spec.out)
+    for word in spec.words:
+        if word.startswith("gs://") and not word.startswith(f"gs://{spec.bucket}/"):
+            raise ValueError(f"{word!r} is not in the bucket of --out {spec.out!r}, the only one that the hosts mount")
 
 
 def check_tpu(tpu: str, slices: int) -> None:

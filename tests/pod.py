@@ -1,0 +1,82 @@
+"""One of several processes that run a small recipe of every kind of stage: `pod.py OUT [ACTION@EVENT]`.
+
+The environment says which process it is (see `launch.cluster`). Events are those of `resumable`, and `check:N`, the Nth
+time that this process might stop; another action is `hang`.
+"""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from resumable import MIXED, Watch
+from toy import Likes
+
+from posttrain.data.conversations import Demonstrations
+from posttrain.launch import cli
+from posttrain.launch.commands import run as command
+from posttrain.launch.recipe import Run
+from posttrain.model.processing import Sampling
+from posttrain.train import loop, rollout, stop
+from posttrain.train.compute import Compute
+from posttrain.train.convert import Convert
+from posttrain.train.distill import Distill
+from posttrain.train.evaluate import Evaluate
+from posttrain.train.merge import Linear
+from posttrain.train.optimizer import AdamW
+from posttrain.train.rl import RL
+from posttrain.train.sft import SFT
+
+SAMPLING = Sampling(max_tokens=4)
+SHARED = {
+    "steps": 4,
+    "optimizer": AdamW(learning_rate=1e-3),
+    "compute": Compute(row_tokens=64, micro_rows=4, slots=8, save_every=1),
+    "seed": 3,
+}
+
+
+def recipe(run: Run) -> str:
+    """Every kind of stage once."""
+    first = run("sft", SFT(start="tiny", data=Demonstrations(tasks=MIXED), batch_size=5, **SHARED))
+    second = run("rl", RL(start=first, tasks=MIXED, sampling=SAMPLING, prompts=2, group=4, **SHARED))
+    merged = run("merge", Linear(models=(first, second)))
+    tasks = (Likes(domain="north"), Likes(domain="south"))
+    run("eval", Evaluate(model=merged, tasks=tasks, sampling=SAMPLING, limit=5, compute=SHARED["compute"]))
+    teachers = {"north": second, "south": merged}
+    student = run(
+        "distill", Distill(start=first, teachers=teachers, tasks=MIXED, sampling=SAMPLING, prompts=4, **SHARED)
+    )
+    return run("convert", Convert(source=student))
+
+
+def act_at_check(number: int, action: str) -> None:
+    """Have this process do something in the middle of its work, where it looks whether it has to stop."""
+    passed = iter(range(1, sys.maxsize))
+
+    def check() -> None:
+        if next(passed) == number:
+            if action == "hang":
+                threading.Event().wait()
+            os.kill(os.getpid(), signal.Signals[action])
+        stop.check_stop()
+
+    loop.check_stop = rollout.check_stop = check
+
+
+def main() -> None:
+    """Run the recipe as the command line does."""
+    out, *events = sys.argv[1:]
+    for each in events:
+        action, _, event = each.partition("@")
+        if event.startswith("check:"):
+            act_at_check(int(event.removeprefix("check:")), action)
+        else:
+            sys.addaudithook(Watch(action, event))
+    watch = command.Watch(profile=range(0), grace=60.0, stuck_after=float(os.environ.get("STUCK_AFTER", "600")))
+    cli.guarded(lambda: command.train(recipe, Path(out), smoke=False, options={}, watch=watch), ["run", "pod"])
+
+
+if __name__ == "__main__":
+    main()
