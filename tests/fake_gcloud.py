@@ -4,7 +4,8 @@ scenario.json says what happens, cloud.json what exists, calls.jsonl what was ca
 creation: `refused` is the error message of a creation, `states` are what one `describe` after the other shows (the last
 one stays), `looks` what one look at the first host after the other finds: 'running 0', 'ended 75', a list with one of
 those for each host, or 'lost', when the service takes the slices away. `ssh` are failures of the next calls of a verb.
-With `real`, hosts are folders of this machine, and what is sent to them runs there.
+With `real`, hosts are folders of this machine, and what is sent to them runs there; the service takes them away when a
+file `taken` appears in the cloud's folder.
 """
 
 import json
@@ -279,6 +280,10 @@ def main(words):
     cloud = load("cloud.json", {"resources": {}, "created": 0, "failed": {}})
     with open(path("calls.jsonl"), "a") as file:
         file.write(json.dumps(words) + "\n")
+    if os.path.exists(path("taken")):
+        os.remove(path("taken"))
+        for life in cloud["resources"].values():
+            life.update(taken=True, states=[{"state": "SUSPENDED", "stateInitiator": "SERVICE"}])
     text = " ".join(word for word in words if word != "alpha")
     verbs = {
         r"compute tpus queued-resources create": create,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fake_cloud
 import pytest
+import yaml
 
 from posttrain.launch import cli
 from posttrain.launch.commands import launch
@@ -232,3 +233,38 @@ def test_the_wheel_is_that_of_the_commit(tmp_path, monkeypatch):
     names = {"host.sh", "run.sh", "constraints.txt", "bucket-name", wheel.name}
     assert (target.name, {file.name for file in target.iterdir()}) == (commands.folder("first"), names)
     assert json.loads(bundle.settings(fake_cloud.spec()))["words"] == ["--model", "tiny"]
+
+
+def emitted(posttrain, *words):
+    project = ("--project", "my-project", "--out", "gs://my-bucket/runs/first")
+    return posttrain("launch", "sft", "--model", "gs://my-bucket/a b", *project, *words)
+
+
+def test_tpu7x_runs_as_a_jobset(posttrain):
+    code, text, _ = emitted(posttrain, "--tpu", "tpu7x:4x4x4", "--slices", "2", "--emit", "jobset", "--image", "i:1")
+    found = yaml.safe_load(text)
+    [job] = found["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert (code, job["replicas"], job["template"]["spec"]["completions"]) == (0, 2, 16)
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu7x", "cloud.google.com/gke-tpu-topology": "4x4x4",
+    }  # fmt: skip
+    [program] = pod["containers"]
+    assert program["command"] == ["posttrain", "run", "sft", "--out", "/bucket/runs/first", "--model", "/bucket/a b"]
+    assert program["resources"]["limits"] == {"google.com/tpu": 4}
+    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"
+
+
+def test_xpk_and_skypilot_get_the_same_program(posttrain):
+    _, line, _ = emitted(posttrain, "--tpu", "tpu7x:4x4x4", "--emit", "xpk", "--image", "i:1", "--cluster", "c")
+    words = shlex.split(line)
+    assert words[:5] == ["xpk", "workload", "create", "--cluster", "c"]
+    assert "--tpu-type=tpu7x-128" in words  # JAX devices, two a chip
+    program = "posttrain run sft --out /bucket/runs/first --model '/bucket/a b'"
+    assert words[-1] == program
+    _, text, _ = emitted(posttrain, "--tpu", "v6e-16", "--zone", "us-east5-b", "--spot", "--emit", "skypilot")
+    found = yaml.safe_load(text)
+    assert found["run"] == f"exec ~/posttrain/bin/{program}\n"
+    assert (found["resources"]["accelerators"], found["resources"]["use_spot"]) == ("tpu-v6e-16", True)
+    assert emitted(posttrain, "--tpu", "tpu7x:4x4x4", "--emit", "skypilot")[0] == 2
+    assert "needs --image" in emitted(posttrain, "--tpu", "v6e-16", "--emit", "jobset")[2]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ..tpu import bundle, record, sequence, session
+from ..tpu import emit as emitting
 from ..tpu import spec as specs
 from ..tpu.driver import World
 from ..tpu.spec import Capacity, Spec
@@ -25,7 +26,7 @@ def command(name: str) -> Callable[..., None]:
         out: Annotated[str, tyro.conf.arg(metavar="GS://BUCKET/DIR", help="The run folder, which all hosts write.")],
         zone: tyro.conf.UseAppendAction[
             Annotated[tuple[str, ...], tyro.conf.arg(metavar="ZONE", help="Repeat it for zones to try in turn.")]
-        ],
+        ] = (),
         slices: Annotated[int, tyro.conf.arg(help="Slices joined by the data-centre network.")] = 1,
         spot: Annotated[bool, tyro.conf.arg(help="Preemptible capacity, asked for again when it is taken.")] = False,
         reserved: Annotated[bool, tyro.conf.arg(help="Capacity of a reservation.")] = False,
@@ -48,6 +49,11 @@ def command(name: str) -> Callable[..., None]:
         fetch: Annotated[Path | None, tyro.conf.arg(help="Where the report goes; runs/NAME unless given.")] = None,
         smoke: Annotated[bool, tyro.conf.arg(help="Shrink every stage, as `run --smoke` does.")] = False,
         dirty: Annotated[bool, tyro.conf.arg(help="Launch files that differ from the commit, too.")] = False,
+        emit: Annotated[
+            emitting.Kind | None, tyro.conf.arg(help="Print a specification for GKE or SkyPilot, and run nothing.")
+        ] = None,
+        image: Annotated[str, tyro.conf.arg(help="Container image with posttrain[tpu], for GKE.")] = "",
+        cluster: Annotated[str, tyro.conf.arg(help="GKE cluster, for xpk.")] = "",
         dry_run: Annotated[bool, tyro.conf.arg(help="Print every command and run none.")] = False,
         **options: Any,
     ) -> None:
@@ -72,6 +78,9 @@ def command(name: str) -> Callable[..., None]:
             iap=iap,
             env_file=str(Path(env_file).resolve()) if env_file else "",
         )
+        if emit:
+            print(emitting.emit(spec, emit, image=image, cluster=cluster), end="")
+            return
         specs.check(spec)
         if env_file:
             bundle.check_env_file(env_file)
