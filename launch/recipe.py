@@ -5,7 +5,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,10 +52,20 @@ class Training:
     """
 
     def __init__(
-        self, out: Path, *, smoke: bool = False, mesh: jax.sharding.Mesh | None = None, started: float | None = None
+        self,
+        out: Path,
+        *,
+        smoke: bool = False,
+        mesh: jax.sharding.Mesh | None = None,
+        started: float | None = None,
+        only: Collection[str] = (),
     ) -> None:
-        """`started` is when the process began (Unix time), which the first stage is charged with."""
-        self.out, self.smoke, self.mesh, self._started = out, smoke, mesh, started
+        """`started` is when the process began (Unix time), which the first stage is charged with.
+
+        With `only`, stages of these names are trained; others are taken for done, by other processes in other places.
+        """
+        self.out, self.smoke, self.mesh, self._started, self.only = out, smoke, mesh, started, only
+        self.names: list[str] = []
 
     def __call__(self, name: str, stage: Stage) -> str:
         """Train the stage unless it is done.
@@ -67,6 +77,9 @@ class Training:
         check_stop()
         stage = shrunk(stage) if self.smoke else stage
         folder = self.out / name
+        self.names.append(name)
+        if self.only and name not in self.only:
+            return str(folder)
         self._remember(folder, stage)
         if not (folder / "DONE").exists():
             stop.set_lossless(True)

@@ -8,6 +8,7 @@ With `real`, hosts are folders of this machine, and what is sent to them runs th
 file `taken` appears in the cloud's folder.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -318,7 +319,9 @@ def main(words):
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with open(path("lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # launches side by side share the cloud
+            main(sys.argv[1:])
     except Failure as failure:
         sys.stdout.flush()
         print(failure, file=sys.stderr)

@@ -2,16 +2,19 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from ..recipe import settings
 from ..tpu import bundle, record, sequence, session
 from ..tpu import emit as emitting
+from ..tpu import fan_out as fanned
 from ..tpu import spec as specs
 from ..tpu.driver import World
+from ..tpu.fan_out import Lane, Noting
 from ..tpu.spec import Capacity, Spec
 from .run import with_options
 
@@ -49,6 +52,9 @@ def command(name: str) -> Callable[..., None]:
         fetch: Annotated[Path | None, tyro.conf.arg(help="Where the report goes; runs/NAME unless given.")] = None,
         smoke: Annotated[bool, tyro.conf.arg(help="Shrink every stage, as `run --smoke` does.")] = False,
         dirty: Annotated[bool, tyro.conf.arg(help="Launch files that differ from the commit, too.")] = False,
+        fan_out: Annotated[
+            bool, tyro.conf.arg(help="Stages that do not need each other run at once, on --slices of their own.")
+        ] = False,
         emit: Annotated[
             emitting.Kind | None, tyro.conf.arg(help="Print a specification for GKE or SkyPilot, and run nothing.")
         ] = None,
@@ -85,8 +91,11 @@ def command(name: str) -> Callable[..., None]:
         if env_file:
             bundle.check_env_file(env_file)
         target = str(fetch or Path("runs") / spec.name)
+        parts = lanes(module.recipe, options) if fan_out else []
         if dry_run:
-            show(spec, target)
+            show(spec, target, parts)
+        elif parts:
+            session.fan_out(spec, parts, target, World(), dirty=dirty)
         else:
             session.launch(spec, target, World(), dirty=dirty)
 
@@ -121,7 +130,25 @@ def words(recipe: Callable[..., Any], options: Mapping[str, Any]) -> tuple[str, 
     return tuple(found)
 
 
-def show(spec: Spec, target: str) -> None:
-    """Print what a launch would run."""
+def lanes(recipe: Callable[..., Any], options: Mapping[str, Any]) -> list[list[Lane]]:
+    """The stages of a recipe with these options, as they may run side by side.
+
+    Raises:
+        ValueError: if none may.
+    """
+    noting = Noting(settings)
+    recipe(noting, **options)
+    found = fanned.rounds(noting.stages)
+    if all(len(side_by_side) == 1 for side_by_side in found):
+        raise ValueError("--fan-out: every stage of this recipe needs the one before it: launch it without")
+    return found
+
+
+def show(spec: Spec, target: str, parts: Sequence[Sequence[Lane]] = ()) -> None:
+    """Print what a launch would run; where it is fanned out, also in which launch each stage would be."""
+    for number, launches in enumerate(fanned.launches(spec.name, parts) if parts else [], 1):
+        for name, lane in launches:
+            stages = (*lane, "report") if name == spec.name else lane
+            print(f"# round {number}, launch {name}: {', '.join(stages)}")
     folder = str(record.home() / spec.name)
     print(sequence.text(sequence.parts(spec, launch="LAUNCH-ID", folder=folder, fetch=target)))

@@ -90,7 +90,8 @@ def write(spec: Spec, folder: Path, *, wheels: Path) -> Path:
 
 def run_script(spec: Spec) -> str:
     """The script that becomes the program, on every host; its bucket is mounted beside it, as the folder `bucket`."""
-    words = [".venv/bin/posttrain", "run", spec.recipe, "--out", spec.out, *spec.words]
+    only = [word for name in spec.only for word in ("--only", name)]
+    words = [".venv/bin/posttrain", "run", spec.recipe, "--out", spec.out, *spec.words, *only]
     prefix = f"gs://{spec.bucket}/"
     return (
         f"exec {shlex.join(f'bucket/{one.removeprefix(prefix)}' if one.startswith(prefix) else one for one in words)}\n"

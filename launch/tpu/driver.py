@@ -25,13 +25,13 @@ class Wish:
     word: str = ""
     times: int = 0
 
-    def interrupt(self, *_: object) -> None:
-        """Handler of SIGINT."""
+    def interrupt(self) -> None:
+        """Ctrl-C."""
         self.times += 1
         self.word = "stop" if self.times == 1 else "leave"
 
-    def leave(self, *_: object) -> None:
-        """Handler of SIGTERM and SIGHUP."""
+    def leave(self) -> None:
+        """SIGTERM or SIGHUP."""
         self.word = "leave"
 
 
@@ -229,6 +229,8 @@ def _delete(one: Record, world: World) -> Seen | None:
 
 
 def _fetch(one: Record, world: World) -> Seen | None:
+    if one.spec.only:  # a part of a recipe has no report
+        return Seen(now=world.now())
     Path(one.fetch).mkdir(parents=True, exist_ok=True)
     return _outcome(world.run(commands.fetch(one.spec, one.zone, one.fetch)), world)
 

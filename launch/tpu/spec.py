@@ -22,6 +22,7 @@ class Spec:
 
     `zones` are tried in turn when one is out of capacity; `hours` is how long to wait for capacity, and with flex-start
     also how long it then lasts at most. `env_file` holds KEY=VALUE lines for the hosts; no command shows their values.
+    `only` are the stages that this launch trains, of a recipe that is fanned out; all if empty.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Spec:
     internal_ips: bool = False
     iap: bool = False
     env_file: str = ""
+    only: tuple[str, ...] = ()
 
     @property
     def topology(self) -> Topology:
@@ -66,12 +68,12 @@ class Spec:
 
 def to_json(spec: Spec) -> dict[str, Any]:
     """Plain JSON of it."""
-    return {**dataclasses.asdict(spec), "words": list(spec.words), "zones": list(spec.zones)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(spec).items()}
 
 
 def from_json(fields: Mapping[str, Any]) -> Spec:
     """The launch that `to_json` described."""
-    return Spec(**{**fields, "words": tuple(fields["words"]), "zones": tuple(fields["zones"])})
+    return Spec(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
