@@ -24,7 +24,7 @@ import tyro
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
-import fake_cloud  # noqa: E402
+import fake_cloud  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from posttrain.launch.tpu import record, session  # noqa: E402
 from posttrain.launch.tpu.driver import World  # noqa: E402

@@ -69,7 +69,7 @@ def rounds(stages: Mapping[str, Noted]) -> list[list[Lane]]:
 
 
 def launches(name: str, found: Sequence[Sequence[Lane]]) -> list[list[tuple[str, Lane]]]:
-    """Names of the launches of each round, with their lanes. The last one, of the plain name, also writes the report."""
+    """Names of the launches of each round, with their lanes; the last, of the plain name, also writes the report."""
     named = [
         [(f"{name}-{number}-{i}", lane) for i, lane in enumerate(lanes, 1)] for number, lanes in enumerate(found, 1)
     ]

@@ -73,7 +73,8 @@ def to_json(spec: Spec) -> dict[str, Any]:
 
 def from_json(fields: Mapping[str, Any]) -> Spec:
     """The launch that `to_json` described."""
-    return Spec(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    plain: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in fields.items()}
+    return Spec(**plain)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
