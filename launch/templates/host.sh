@@ -38,7 +38,7 @@ bootstrap() {
   chmod 700 .
   if [ -f secrets.env ]; then chmod 600 secrets.env; fi
   local stamp
-  stamp=$(cat host.sh constraints.txt ./*.whl | sha256sum | cut -c 1-64)
+  stamp=$(cat host.sh constraints.txt packages.txt ./*.whl | sha256sum | cut -c 1-64)
   if [ "$(cat .venv/stamp 2>/dev/null || true)" != "$stamp" ]; then
     export PATH="$HOME/.local/bin:$PATH"
     if ! command -v cc >/dev/null; then
@@ -50,6 +50,10 @@ bootstrap() {
     uv venv --quiet --python 3.12 .venv || refuse "there is no Python 3.12, and uv cannot fetch it"
     uv pip install --quiet --python .venv/bin/python --constraint constraints.txt "$(echo ./*.whl)[tpu,tasks]" ||
       refuse "the packages of $(echo ./*.whl) cannot be installed: has the host a way to the package index (an external address, or Cloud NAT)?"
+    if [ -s packages.txt ]; then
+      uv pip install --quiet --python .venv/bin/python --no-deps --requirements packages.txt ||
+        refuse "$(tr '\n' ' ' <packages.txt)cannot be installed"
+    fi
     echo "$stamp" >.venv/stamp
   fi
   if [ -f bucket-name ]; then mount_bucket; fi

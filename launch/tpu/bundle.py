@@ -79,6 +79,7 @@ def write(spec: Spec, folder: Path, *, wheels: Path) -> Path:
     for file in (HOST, ROOT / "constraints.txt", *wheels.glob("*.whl")):
         shutil.copy(file, target / file.name)
     (target / "run.sh").write_text(run_script(spec))
+    (target / "packages.txt").write_text("".join(f"{one}\n" for one in spec.packages))
     if spec.bucket:
         (target / "bucket-name").write_text(f"{spec.bucket}\n")
     if spec.env_file:
@@ -96,6 +97,22 @@ def run_script(spec: Spec) -> str:
     return (
         f"exec {shlex.join(f'bucket/{one.removeprefix(prefix)}' if one.startswith(prefix) else one for one in words)}\n"
     )
+
+
+def check_words(spec: Spec) -> None:
+    """Refuse files of this machine among the recipe's options: the hosts would look for them in vain.
+
+    Raises:
+        ValueError: with the file, and where to put it.
+    """
+    for word in spec.words:
+        if not word.startswith("-") and ("/" in word or "." in word) and Path(word).exists():
+            if spec.bucket:
+                to = f"gs://{spec.bucket}/{Path(word).name}"
+                remedy = f"copy it with `gcloud storage cp --recursive {shlex.quote(word)} {to}`, and give {to}"
+                raise ValueError(f"{word} is on this machine, where the hosts do not see it: {remedy}")
+            if not word.startswith("/"):
+                raise ValueError(f"{word} is on this machine, where the hosts do not see it: put it on their disk")
 
 
 def check_env_file(name: str) -> None:

@@ -22,7 +22,8 @@ class Spec:
 
     `zones` are tried in turn when one is out of capacity; `hours` is how long to wait for capacity, and with flex-start
     also how long it then lasts at most. `env_file` holds KEY=VALUE lines for the hosts; no command shows their values.
-    `only` are the stages that this launch trains, of a recipe that is fanned out; all if empty.
+    `only` are the stages that this launch trains, of a recipe that is fanned out; all if empty. `packages` go onto
+    the hosts beside posttrain, without what they need themselves.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Spec:
     iap: bool = False
     env_file: str = ""
     only: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
 
     @property
     def topology(self) -> Topology:
