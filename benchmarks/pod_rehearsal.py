@@ -46,7 +46,7 @@ child=$! code=0
 trap 'kill -TERM $child' TERM
 while kill -0 $child 2>/dev/null; do wait $child; done
 wait $child || code=$?
-if [ -n "$planned" ]; then touch "$FAKE_CLOUD/taken"; fi
+if [ -n "$planned" ] && [[ $code =~ ^(75|137)$ ]]; then touch "$FAKE_CLOUD/taken"; fi
 exit $code
 """
 
@@ -128,9 +128,13 @@ def main(settings: Settings) -> None:
     ours, theirs = weights(first, mesh), weights(second, mesh)
     claims = {
         "both launches are done": (disturbed.state.outcome, calm.state.outcome) == ("done", "done"),
-        "two preemptions, three creations": (disturbed.state.preemptions, len(first.calls("create"))) == (2, 3),
+        "two preemptions, three creations": (
+            disturbed.state.preemptions,
+            len(first.calls("create")),
+        )
+        == (2, 3),
         "the SIGTERM came in a rollout": '"interrupted"' in "".join(ends(first)["rl"]),
-        "the kill came in a save": len(ends(first)["rl"]) + len(ends(first)["distill"]) > 3,
+        "the kill ended an attempt": '"killed"' in "".join(line for lines in ends(first).values() for line in lines),
         "nothing is left in the cloud": first.resources == second.resources == {},
         "the report is here": (first.folder / "fetched/report.html").is_file(),
         f"all {len(theirs)} arrays of {len(STAGES)} models are the same, bit for bit": ours.keys() == theirs.keys()

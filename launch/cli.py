@@ -53,16 +53,6 @@ lists all options.
   posttrain plan mopd --base llama3.1-8b --topology v5p:4x4x4
   posttrain plan sft --model llama3.1-70b --topology v6e:16x16 --slices 2 --mesh fsdp=64,tensor=4"""
 
-LAUNCH = """Run a recipe on a TPU pod: gcloud asks for the slices, every host installs this commit and starts it.
-
-Whatever it needs is checked before anything is created. The program runs detached, under systemd: Ctrl-C leaves it
-running. Slices that are preempted are deleted and asked for again, and the run goes on from its newest checkpoint. At
-the end the report is fetched and what was created is deleted. What was created is on record: see `posttrain ls`.
-`posttrain launch RECIPE --help` lists all options; docs/pods.md begins with an empty project.
-
-  posttrain launch rl --model gs://bucket/model --tpu v6e-16 --zone us-east5-b --spot --out gs://bucket/runs/first
-  posttrain launch mopd --base smollm2 --tpu v5litepod-16 --zone us-central1-a --out gs://bucket/runs/mopd --dry-run"""
-
 EVAL = """Score a model on tasks, with 95% intervals.
 
 TASKS are questions.jsonl (lines of {"prompt": ..., "answer": ...}), arithmetic, arithmetic:2 (digits), instructions,
@@ -255,49 +245,6 @@ def report(out: Positional[Annotated[Path, arg(metavar="OUT")]], /) -> None:
     report.main(out)
 
 
-Name = Positional[Annotated[str, arg(metavar="NAME", help="Of a launch; `posttrain ls` lists them.")]]
-
-
-def ls() -> None:
-    """List what was launched from this machine, and what of it still costs money."""
-    launches.ls()
-
-
-def status(name: Name, /, *, json: Annotated[bool, arg(help="Only the record, as JSON.")] = False) -> None:
-    """Show what the record, the cloud and the hosts say of a launch."""
-    launches.status(name, json=json)
-
-
-def logs(
-    name: Name, /, *, worker: Annotated[str, arg(metavar="NODE/WORKER", help="Which host's.")] = "0/0"
-) -> None:  # fmt: skip
-    """Print the log of a host of a launch."""
-    launches.logs(name, worker=worker)
-
-
-def attach(name: Name, /) -> None:
-    """Go on with a launch that was left: follow its log, and ask again for slices that it loses."""
-    launches.attach(name)
-
-
-def stop(name: Name, /) -> None:
-    """End a launch: its program saves and ends, its report is fetched, what it created is deleted."""
-    launches.stop(name)
-
-
-def doctor(
-    name: Positional[Annotated[str, arg(metavar="[NAME]", help="Of a launch.")]] = "",
-    /,
-    *,
-    tpu: Annotated[str, arg(help="Without a name: the hardware to look for.")] = "v6e-8",
-    zone: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="ZONE", help="And where.")]] = (),
-    spot: Annotated[bool, arg(help="And with which quota.")] = False,
-    project: str = "",
-) -> None:
-    """Check what a launch needs: account, API, hardware, quota, run folder, hosts."""
-    launches.doctor(name, tpu=tpu, zone=zone, spot=spot, project=project)
-
-
 def recipes() -> dict[str, str]:
     """Names of the recipes and what each is; read from their files, as importing them imports JAX."""
     found = {}
@@ -320,13 +267,14 @@ def build(words: Sequence[str]) -> SubcommandApp:
     commands: dict[str, tuple[Any, str]] = {
         "run": (runs, RUN),
         "plan": (plans, PLAN),
-        "launch": (starts, LAUNCH),
+        "launch": (starts, launches.LAUNCH),
         "eval": (evaluate, EVAL),
         "chat": (chat, CHAT),
         "merge": (merges, MERGE),
         "convert": (convert, CONVERT),
+        "report": (report, report.__doc__ or ""),
     }
-    commands |= {one.__name__: (one, one.__doc__ or "") for one in (report, ls, status, logs, attach, stop, doctor)}
+    commands |= {one.__name__: (one, one.__doc__ or "") for one in launches.COMMANDS}
     for name, (target, text) in commands.items():
         app.command(target, name=name, help=text if words[:1] == [name] else text.partition("\n")[0])
     return app

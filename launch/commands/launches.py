@@ -2,7 +2,9 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from typing import Annotated
+
+from tyro.conf import Positional, UseAppendAction, arg
 
 from ..tpu import cloud, commands, driver, preflight, record, session
 from ..tpu import spec as specs
@@ -10,9 +12,21 @@ from ..tpu.driver import World
 from ..tpu.record import Record
 from ..tpu.spec import Capacity, Spec
 
+LAUNCH = """Run a recipe on a TPU pod: gcloud asks for the slices, every host installs this commit and starts it.
+
+Whatever it needs is checked before anything is created. The program runs detached, under systemd: Ctrl-C leaves it
+running. Slices that are preempted are deleted and asked for again, and the run goes on from its newest checkpoint. At
+the end the report is fetched and what was created is deleted. What was created is on record: see `posttrain ls`.
+`posttrain launch RECIPE --help` lists all options; docs/pods.md begins with an empty project.
+
+  posttrain launch rl --model gs://bucket/model --tpu v6e-16 --zone us-east5-b --spot --out gs://bucket/runs/first
+  posttrain launch mopd --base smollm2 --tpu v5litepod-16 --zone us-central1-a --out gs://bucket/runs/mopd --dry-run"""
+
+Name = Positional[Annotated[str, arg(metavar="NAME", help="Of a launch; `posttrain ls` lists them.")]]
+
 
 def ls() -> None:
-    """Print a line for each launch of this machine."""
+    """List what was launched from this machine, and what of it still costs money."""
     rows = [("NAME", "RECIPE", "TPU", "ZONE", "STATE", "COSTS", "PREEMPTED", "OUT")]
     for one in record.every():
         spec, state = one.spec, one.state
@@ -22,8 +36,8 @@ def ls() -> None:
     print(cloud.for_table(rows) if len(rows) > 1 else f"no launches were made from this machine ({record.home()})")
 
 
-def status(name: str, *, json: bool) -> None:
-    """Print what the record, the API and the hosts say of a launch."""
+def status(name: Name, /, *, json: Annotated[bool, arg(help="Only the record, as JSON.")] = False) -> None:
+    """Show what the record, the cloud and the hosts say of a launch."""
     one, world = record.load(name), World()
     if json:
         print(driver.as_json(one))
@@ -45,8 +59,8 @@ def status(name: str, *, json: bool) -> None:
             print(f"{one.spec.hosts - len(rows)} of {one.spec.hosts} hosts did not answer: {answer.problem}")
 
 
-def logs(name: str, *, worker: str) -> None:
-    """Print the log of a host, from its beginning; what was seen of the first host's is kept when it is gone."""
+def logs(name: Name, /, *, worker: Annotated[str, arg(metavar="SLICE/HOST", help="Which host's.")] = "0/0") -> None:
+    """Print the log of a host of a launch; what was seen of the first host's is kept when it is gone."""
     one, world = record.load(name), World()
     if not re.fullmatch(r"\d+/\d+", worker):
         raise ValueError(f"--worker {worker!r}: give the number of the slice and that of its host, such as 0/3")
@@ -69,18 +83,26 @@ def logs(name: str, *, worker: str) -> None:
         offset = found[0].size
 
 
-def attach(name: str) -> None:
-    """Go on with a launch that was left: follow it, and ask again for slices that it loses."""
+def attach(name: Name, /) -> None:
+    """Go on with a launch that was left: follow its log, and ask again for slices that it loses."""
     session.attach(record.load(name), World())
 
 
-def stop(name: str) -> None:
-    """Save and end the program, fetch its report, delete everything."""
+def stop(name: Name, /) -> None:
+    """End a launch: its program saves and ends, its report is fetched, what it created is deleted."""
     session.stop(record.load(name), World())
 
 
-def doctor(name: str, *, tpu: str, zone: Sequence[str], spot: bool, project: str) -> None:
-    """Check everything that a launch needs, one of that name or a new one; exit with 1 if something does not hold."""
+def doctor(
+    name: Positional[Annotated[str, arg(metavar="[NAME]", help="Of a launch.")]] = "",
+    /,
+    *,
+    tpu: Annotated[str, arg(help="Without a name: the hardware to look for.")] = "v6e-8",
+    zone: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="ZONE", help="And where.")]] = (),
+    spot: Annotated[bool, arg(help="And with which quota.")] = False,
+    project: str = "",
+) -> None:
+    """Check what a launch needs: account, API, hardware, quota, run folder, hosts; it ends with 1 if one is wrong."""
     world, one = World(), record.load(name) if name else None
     if one is None:
         capacity: Capacity = "spot" if spot else "on-demand"
@@ -119,3 +141,6 @@ def _hosts_are_well(one: Record, world: World) -> bool:
     trouble = "" if well else f"; {answer.problem}"
     print(f"  {'✓' if well else '✗'} hosts: {len(found)} of {one.spec.hosts} answer{trouble}")
     return well
+
+
+COMMANDS = (ls, status, logs, attach, stop, doctor)
