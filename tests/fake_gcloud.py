@@ -3,7 +3,8 @@
 scenario.json says what happens, cloud.json what exists, calls.jsonl what was called. A scenario has `lives`, one for a
 creation: `refused` is the error message of a creation, `states` are what one `describe` after the other shows (the last
 one stays), `looks` what one look at the first host after the other finds: 'running 0', 'ended 75', a list with one of
-those for each host, or 'lost', when the service takes the slices away. `ssh` are failures of the next calls of a verb.
+those for each host, or 'lost', when the service takes the slices away. `ssh` are failures of the next calls of a verb
+(or of describe).
 With `real`, hosts are folders of this machine, and what is sent to them runs there; the service takes them away when a
 file `taken` appears in the cloud's folder.
 """
@@ -99,6 +100,11 @@ def found(words, cloud):
 
 def describe(words, cloud, scenario):
     life = found(words, cloud)
+    failure, _ = refuse_ssh("describe", cloud, scenario, [])
+    if failure and "stderr" in failure:
+        raise Failure(failure["stderr"])
+    if failure:
+        return print(failure["stdout"])
     state = current(life)
     life["now"] = state["state"]
     print(json.dumps({

@@ -117,6 +117,13 @@ def test_a_host_that_does_not_answer_at_first_is_tried_again(cloud):
     assert len(cloud.calls("host.sh bootstrap")) >= 3
 
 
+@pytest.mark.parametrize("said", [{"stderr": "UNAVAILABLE: 503"}, {"stdout": "Updates are available!"}])
+def test_an_api_that_does_not_answer_properly_is_asked_again(cloud, said):
+    report_in(cloud.plays(ssh=[{"verb": "describe", "times": 3, **said}]))
+    one = driver.drive(cloud.launch(), cloud.world)
+    assert (one.state.outcome, len(cloud.calls("create")), cloud.resources) == ("done", 1, {})
+
+
 def test_a_host_that_refuses_is_explained(cloud):
     refused = "posttrain-refused: first-w-0: uv cannot be installed"
     cloud.plays(ssh=[{"verb": "bootstrap", "stderr": refused}])

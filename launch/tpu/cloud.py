@@ -80,7 +80,11 @@ def _read(file: Any) -> str:
 
 
 def resource(stdout: str, launch: str) -> Resource:
-    """What `queued-resources describe --format=json` says."""
+    """What `queued-resources describe --format=json` says.
+
+    Raises:
+        ValueError: if it is not JSON.
+    """
     found = json.loads(stdout)
     state = found.get("state", {})
     error = state.get("failedData", {}).get("error", {})

@@ -1,5 +1,6 @@
 """Performs what the state machine says, and stores the state before each action. Time and output are handed in."""
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -158,7 +159,10 @@ def described(one: Record, world: World) -> Seen | None:
     if problem is not None:
         there = problem.kind == "absent"
         return Seen(problem=None if there else problem, described=there, now=world.now())
-    return Seen(described=True, resource=cloud.resource(answer.stdout, one.launch), now=world.now())
+    try:
+        return Seen(described=True, resource=cloud.resource(answer.stdout, one.launch), now=world.now())
+    except ValueError:
+        return Seen(problem=classify(f"UNAVAILABLE: not JSON: {answer.stdout[:200]!r}"), now=world.now())
 
 
 def _bootstrap(one: Record, world: World) -> Seen | None:
@@ -207,7 +211,10 @@ def _judge(one: Record, world: World) -> Seen | None:
     answer = world.run(commands.on_hosts(one.spec, one.zone, "look"))
     if listed.code is None or answer.code is None:
         return None
-    states, expected = cloud.node_states(listed.stdout, one.spec) if listed.code == 0 else ((), one.spec.hosts)
+    states, expected = (), one.spec.hosts
+    if listed.code == 0:
+        with contextlib.suppress(ValueError):  # not JSON: what the hosts say has to do
+            states, expected = cloud.node_states(listed.stdout, one.spec)
     if cloud.ended_badly(answer.stdout):
         world.log(answer.stdout)
         with (one.folder / "log").open("a") as file:
