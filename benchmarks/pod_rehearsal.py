@@ -46,7 +46,7 @@ child=$! code=0
 trap 'kill -TERM $child' TERM
 while kill -0 $child 2>/dev/null; do wait $child; done
 wait $child || code=$?
-if [ -n "$planned" ] && [[ $code =~ ^(75|137)$ ]]; then touch "$FAKE_CLOUD/taken"; fi
+if [ -n "$planned" ] && [[ $code =~ ^(75|137)$ ]]; then sleep 3 && touch "$FAKE_CLOUD/taken"; fi
 exit $code
 """
 
