@@ -3,7 +3,7 @@
     make pod-rehearsal
 
 The launcher, its gcloud commands, host.sh, the recipe and its four hosts (processes that find each other through
-jax.distributed) are real; gcloud, sudo, systemd, uv and gcsfuse are those of tests/fake_gcloud.py and tests/fake_host.
+jax.distributed) are real; gcloud, sudo, systemd and uv are those of tests/fake_gcloud.py and tests/fake_host.
 """
 
 import json
@@ -93,7 +93,8 @@ def launch(folder: Path, planned: dict[tuple[int, int], str]) -> tuple[record.Re
         sleep=lambda seconds: time.sleep(seconds / FASTER),
     )
     try:
-        session.launch(fake_cloud.spec(recipe="pod", words=()), str(folder / "fetched"), world, dirty=True)
+        spec = fake_cloud.spec(recipe="pod", words=(), out=str(folder / "shared/first"))
+        session.launch(spec, str(folder / "fetched"), world, dirty=True)
     finally:
         one = record.load("first")
         patch.undo()
@@ -102,7 +103,7 @@ def launch(folder: Path, planned: dict[tuple[int, int], str]) -> tuple[record.Re
 
 def weights(cloud: fake_cloud.FakeCloud, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     """All parameters of all models that the run made."""
-    out = cloud.folder / "bucket/bucket/runs/first"
+    out = cloud.folder / "shared/first"
     return {
         f"{stage}/{name}": np.asarray(leaf) for stage in STAGES for name, leaf in checkpoint.leaves(out / stage, mesh)
     }
@@ -110,7 +111,7 @@ def weights(cloud: fake_cloud.FakeCloud, mesh: jax.sharding.Mesh) -> dict[str, n
 
 def ends(cloud: fake_cloud.FakeCloud) -> dict[str, list[str]]:
     """How the attempts at each stage ended."""
-    out = cloud.folder / "bucket/bucket/runs/first"
+    out = cloud.folder / "shared/first"
     files = {file.parent.name: file.read_text().splitlines() for file in out.glob("*/attempts.jsonl")}
     return {stage: [line for line in lines if line] for stage, lines in files.items()}
 

@@ -8,6 +8,7 @@ import errno
 import importlib
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 from tyro.extras import SubcommandApp
 
-from ..train.stop import RUN_AGAIN
+from ..train import stop
 from .commands import launches
 
 WRONG_USAGE, STOPPED = 2, 130
@@ -301,6 +302,8 @@ def main() -> None:
     words = sys.argv[1:]
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    if words[:1] == ["run"]:
+        signal.signal(signal.SIGTERM, lambda *_: stop.leave("stopped before it began: run the same command again"))
     guarded(lambda: build(words).cli(prog="posttrain", description=TOP, args=words), words, debug=debug)
 
 
@@ -327,14 +330,13 @@ def _hush_libtpu() -> None:
 def _explain(error: BaseException, words: Sequence[str]) -> int:
     """Say on stderr what happened; the exit code. Errors that no input explains are raised again."""
     from ..train.checkpoint import CheckpointError
-    from ..train.stop import Interrupted
 
-    if isinstance(error, Interrupted | KeyboardInterrupt):
+    if isinstance(error, stop.Interrupted | KeyboardInterrupt):
         if words[:1] != ["run"]:
             return STOPPED
         again = shlex.join(["posttrain", *words])
         print(f"posttrain: stopped; what was done is saved. To go on, run the same again: {again}", file=sys.stderr)
-        return RUN_AGAIN
+        return stop.RUN_AGAIN
     if isinstance(error, ValueError | OSError | ImportError | CheckpointError):
         print(f"posttrain: {_sentence(error)}", file=sys.stderr)
         return WRONG_USAGE

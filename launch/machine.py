@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from . import flags
+
 FILE = "machine.json"
 
 
@@ -21,6 +23,7 @@ def record(out: Path) -> None:
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "cpu_cores": os.cpu_count(),
         "jax": jax.__version__,
+        **flags.effective(),
     }
     (out / FILE).write_text(json.dumps(content, indent=2) + "\n")
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import jax
 
 from ..model.config import ModelConfig
 from ..sharding import hosts
-from ..train import attempts, stop
+from ..train import attempts, bucket, stop
 from ..train.programs import Programs
 from ..train.stop import Interrupted, check_stop
 
@@ -89,16 +88,17 @@ class Training:
             hosts.barrier()  # no host may find it done that has not helped
             if hosts.is_first():
                 (folder / "DONE").touch()
+            bucket.publish()
         if hosts.is_first() and not _keeps(stage):
             # Only after DONE: a kill in between must not leave an unfinished stage with torn checkpoints.
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            bucket.remove(folder / "checkpoints")
         return str(folder)
 
     def _remember(self, folder: Path, stage: Stage) -> None:
         """Write the settings down, or compare them with those that are; every host does, after the first."""
         if hosts.is_first():
             self._write_or_compare(folder, stage)
-        hosts.barrier()
+        bucket.refresh()
         if not hosts.is_first():
             self._write_or_compare(folder, stage)
         hosts.barrier()  # the first may mark the stage as done only when all have looked

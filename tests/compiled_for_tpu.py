@@ -4,12 +4,14 @@ import json
 import os
 import re
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.topologies import get_topology_desc
 
+from posttrain.launch import flags
 from posttrain.launch.compiled import environment
 from posttrain.model import flash
 from posttrain.model.config import ModelConfig
@@ -29,6 +31,7 @@ CONFIG = ModelConfig(
     mlp_dim=1536,
     context=1024,
 )
+AXES = (("embed", None), ("batch", None))
 KERNELS = 3
 """Forward, dK and dV, dQ."""
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
@@ -49,6 +52,27 @@ def kernels(devices: Any, dim: int) -> int:
     with jax.set_mesh(mesh):
         text = gradient.lower(*arrays, like((1, 1300), jnp.int32)).compile().as_text() or ""
     return text.count('custom_call_target="tpu_custom_call"')
+
+
+def presets(generation: str, devices: Any) -> dict[str, str]:
+    """What the compiler says of each preset, for a small sharded gradient: nothing, or why it refuses."""
+    mesh = meshes.make_mesh(data=2, fsdp=2, devices=devices[:4])
+    place = lambda *axes: meshes.sharding(axes, (1024, 1024), mesh)  # noqa: E731
+    weights, inputs = (jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=place(*axes)) for axes in AXES)
+    gradient = jax.jit(jax.grad(lambda w, x: jnp.sum(jnp.tanh(x @ w) @ w.T).astype(jnp.float32)))
+    with jax.set_mesh(mesh):
+        lowered, found = gradient.lower(weights, inputs), {}
+    for name in flags.PRESETS:
+        try:
+            options: Any = flags.options(name, generation, metadata.version("libtpu"))
+        except ValueError:
+            continue
+        try:
+            lowered.compile(compiler_options=options)
+            found[name] = ""
+        except jax.errors.JaxRuntimeError as error:
+            found[name] = str(error)
+    return found
 
 
 def train_step(topology: str) -> dict[str, Any]:
@@ -103,11 +127,14 @@ def _outside_loops(text: str) -> list[str]:
 def main() -> None:
     os.environ.update(environment(os.environ))
     jax.config.update("jax_platforms", "cpu")
-    found: dict[str, Any] = {"step": train_step("v5p:2x2x1"), "kernels": {}}
+    found: dict[str, Any] = {"step": train_step("v5p:2x2x1"), "kernels": {}, "presets": {}}
     for generation, name in GENERATIONS.items():
         devices = get_topology_desc(platform="tpu", topology_name=name).devices
+        found["presets"][generation] = presets(generation, devices)
         for dim in (64, 128):
             found["kernels"][f"{generation} {dim}"] = kernels(devices, dim)
+    megacore = get_topology_desc(platform="tpu", topology_name="v4:2x2x1", chip_config_name="megacore")
+    found["presets"]["v4"] = presets("v4", megacore.devices)
     print(json.dumps(found))
 
 

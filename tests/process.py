@@ -1,6 +1,6 @@
-"""One of several processes that generate and train together; it writes what came out as JSON.
+"""One of several processes that generate and train together; it writes what came out as JSON: `process.py FILE`.
 
-python process.py FILE INDEX COUNT PORT
+The environment says which process it is (see `launch.cluster`).
 """
 
 import json
@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from posttrain.data import tokenizer
+from posttrain.launch import cluster
 from posttrain.model import config, sample, transformer
 from posttrain.model.processing import Sampling
 from posttrain.sharding import mesh as meshes
@@ -47,7 +48,5 @@ def results() -> dict[str, list]:
 
 
 if __name__ == "__main__":
-    file, index, count, port = Path(sys.argv[1]), *map(int, sys.argv[2:])
-    if count > 1:
-        jax.distributed.initialize(f"localhost:{port}", count, index, initialization_timeout=120)
-    file.write_text(json.dumps(results()))
+    with cluster.joined():
+        Path(sys.argv[1]).write_text(json.dumps(results()))

@@ -87,7 +87,7 @@ def test_a_dry_run_needs_no_gcloud_and_leaves_nothing(posttrain, tmp_path, monke
     code, stdout, _ = posttrain(*WORDS, "--project", "my-project", "--spot", "--dry-run")
     assert (code, list(tmp_path.iterdir())) == (0, [])
     assert "gcloud compute tpus queued-resources create first --node-id first --accelerator-type=v6e-16" in stdout
-    assert "exec .venv/bin/posttrain run sft --out bucket/runs/first --model tiny" in stdout
+    assert "exec .venv/bin/posttrain run sft --out gs://bucket/runs/first --model tiny" in stdout
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_options_reach_the_hosts_as_they_were_given():
     script = bundle.run_script(fake_cloud.spec(words=words))
     assert shlex.split(script)[-5:] == [words[0], words[1], "--data", "gs://b/x.jsonl", "y"]  # quoted once, for bash
     in_bucket = fake_cloud.spec(words=("--model", "gs://bucket/models/a b"))
-    assert bundle.run_script(in_bucket).endswith("--out bucket/runs/first --model 'bucket/models/a b'\n")
+    assert bundle.run_script(in_bucket).endswith("--out gs://bucket/runs/first --model 'bucket/models/a b'\n")
 
 
 def test_the_companions_work_from_the_record(cloud, posttrain):
@@ -237,7 +237,7 @@ def test_the_wheel_is_that_of_the_commit(tmp_path, monkeypatch):
     [wheel] = tmp_path.glob("*.whl")
     assert wheel.name.startswith(f"posttrain-0.1.0+g{commit.replace('+', '.dirty')}-py3")
     target = bundle.write(fake_cloud.spec(), tmp_path, wheels=tmp_path)
-    names = {"host.sh", "run.sh", "constraints.txt", "packages.txt", "bucket-name", wheel.name}
+    names = {"host.sh", "run.sh", "constraints.txt", "packages.txt", wheel.name}
     assert (target.name, {file.name for file in target.iterdir()}) == (commands.folder("first"), names)
     assert json.loads(bundle.settings(fake_cloud.spec()))["words"] == ["--model", "tiny"]
 
@@ -257,7 +257,15 @@ def test_tpu7x_runs_as_a_jobset(posttrain):
         "cloud.google.com/gke-tpu-accelerator": "tpu7x", "cloud.google.com/gke-tpu-topology": "4x4x4",
     }  # fmt: skip
     [program] = pod["containers"]
-    assert program["command"] == ["posttrain", "run", "sft", "--out", "/bucket/runs/first", "--model", "/bucket/a b"]
+    assert program["command"] == [
+        "posttrain",
+        "run",
+        "sft",
+        "--out",
+        "gs://my-bucket/runs/first",
+        "--model",
+        "/bucket/a b",
+    ]
     assert program["resources"]["limits"] == {"google.com/tpu": 4}
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"
 
@@ -267,7 +275,7 @@ def test_xpk_and_skypilot_get_the_same_program(posttrain):
     words = shlex.split(line)
     assert words[:5] == ["xpk", "workload", "create", "--cluster", "c"]
     assert "--tpu-type=tpu7x-128" in words  # JAX devices, two a chip
-    program = "posttrain run sft --out /bucket/runs/first --model '/bucket/a b'"
+    program = "posttrain run sft --out gs://my-bucket/runs/first --model '/bucket/a b'"
     assert words[-1] == program
     _, text, _ = emitted(posttrain, "--tpu", "v6e-16", "--zone", "us-east5-b", "--spot", "--emit", "skypilot")
     found = yaml.safe_load(text)

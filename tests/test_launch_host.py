@@ -31,6 +31,7 @@ class FakeHost:
         program.chmod(0o755)
         path = f"{TOOLS}:/usr/bin:/bin"
         self.environment = {"PATH": path, "HOME": str(folder), "FAKE_HOST": "w-0", "FAKE_POSTTRAIN": str(program)}
+        self.environment["FAKE_CLOUD"] = str(folder)
         self.place.mkdir()
         shutil.copy(bundle.HOST, self.place)
         (self.place / "posttrain-1.whl").write_text("a wheel")
@@ -66,7 +67,7 @@ def test_it_is_installed_once_and_again_only_when_the_wheel_is_another(host):
     assert host.do("bootstrap") == host.do("bootstrap") == "posttrain-ready w-0\n"
     calls = (host.home / "uv-calls").read_text().splitlines()
     assert [call.split()[0] for call in calls] == ["venv", "pip", "pip"]
-    assert calls[1].endswith("--constraint constraints.txt ./posttrain-1.whl[tpu,tasks]")
+    assert calls[1].endswith("--constraint constraints.txt ./posttrain-1.whl[tpu,tasks,gcs]")
     assert calls[2].endswith("--no-deps --requirements packages.txt")
     assert [oct((host.place / name).stat().st_mode)[-3:] for name in (".", "secrets.env")] == ["700", "600"]
     (host.place / "posttrain-1.whl").write_text("another wheel")
@@ -89,6 +90,12 @@ def test_a_program_runs_detached_saves_when_it_is_stopped_and_starts_again(host)
     assert cloud.hosts(host.looks(until="running"))[0].state == "running"
     host.do("start")  # once more: the one that runs is stopped first, and saves
     assert (host.place / "log").read_text().count("saved") == 2
+
+
+def test_the_bucket_of_the_inputs_is_mounted_once(host):
+    (host.place / "bucket-name").write_text("my-bucket\n")
+    assert host.do("bootstrap") == host.do("bootstrap") == "posttrain-ready w-0\n"
+    assert (host.place / "bucket").resolve() == host.home / "bucket/my-bucket"
 
 
 def test_an_exit_code_and_the_last_lines_are_kept(host):

@@ -38,7 +38,7 @@ def test_the_printed_commands_are_those_of_the_launcher(monkeypatch, capsys):
 
 def test_the_bucket_is_made_as_the_checks_say():
     [line] = [line for line in LINES if "buckets create" in line]
-    assert line.endswith(preflight.FOLDERS)
+    assert line.endswith(preflight.ACCESS)
 
 
 def test_every_command_of_the_manual_exists(monkeypatch, capsys):

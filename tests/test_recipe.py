@@ -98,7 +98,7 @@ def test_checkpoints_go_only_once_the_stage_is_done_even_if_a_kill_comes_between
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("shutil.rmtree", killed)
+        patch.setattr("posttrain.train.bucket.remove", killed)
         with pytest.raises(KeyboardInterrupt):
             Training(tmp_path)("one", Count(steps=2))
     assert checkpoints.exists()

@@ -9,6 +9,8 @@ from pathlib import Path
 import compiled_for_tpu
 import pytest
 
+from posttrain.launch import flags
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 CONFIG = compiled_for_tpu.CONFIG
 KERNELS = compiled_for_tpu.KERNELS
@@ -26,6 +28,20 @@ def compiled():
 @pytest.mark.parametrize("generation", compiled_for_tpu.GENERATIONS)
 def test_the_attention_kernels_compile_for(compiled, generation, dim):
     assert compiled["kernels"][f"{generation} {dim}"] == KERNELS
+
+
+@pytest.mark.parametrize("generation", [*compiled_for_tpu.GENERATIONS, "v4"])
+def test_every_preset_of_flags_is_one_that_the_compiler_takes_for(compiled, generation):
+    found = compiled["presets"][generation]
+    assert found and set(found.values()) == {""}
+
+
+def test_a_preset_that_a_compiler_refuses_is_not_offered_with_it():
+    assert flags.options("fused", "v5e", "0.0.50.1") == flags.options("fused", "v5p", "0.0.42.1")
+    with pytest.raises(ValueError, match="no such preset for v5p with libtpu 0.0.50.1; there are vmem, overlap"):
+        flags.options("fused", "v5p", "0.0.50.1")
+    with pytest.raises(ValueError, match="there is no TPU here; leave it out"):
+        flags.use("vmem")
 
 
 def test_a_step_compiled_for_a_tpu_attends_with_the_kernels(compiled):

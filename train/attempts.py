@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 FILE, OPEN = "attempts.jsonl", ".attempt"
+ALIVE_SECONDS = 1.0
+_seen = 0.0
 
 
 def begin(folder: Path, started: float) -> None:
@@ -23,9 +25,11 @@ def begin(folder: Path, started: float) -> None:
 
 
 def alive(folder: Path) -> None:
-    """Note that the attempt is going on."""
-    if (folder / OPEN).is_file():
+    """Note that the attempt is going on; a call may be soon after the last, the disk may be a bucket."""
+    global _seen
+    if time.monotonic() - _seen > ALIVE_SECONDS and (folder / OPEN).is_file():
         os.utime(folder / OPEN)
+        _seen = time.monotonic()
 
 
 def started(folder: Path) -> float | None:

@@ -24,6 +24,7 @@ from ..model import config as configs
 from ..model import pretrained, transformer
 from ..model.config import ModelConfig
 from ..sharding import hosts
+from . import bucket
 from . import state as states
 from .step import State
 
@@ -52,7 +53,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, keep_every: int = 0) -> None:
-        self.folder = folder.resolve()
+        self.folder = bucket.place(folder)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
         )
@@ -69,6 +70,7 @@ class Checkpoints:
             return
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), cursor=ocp.args.JsonSave(dict(cursor)))
         with _explained(self.folder):
+            bucket.publish()
             self._manager.save(step, args=args)
 
     def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
@@ -101,11 +103,12 @@ def save_model(folder: Path, model: Model) -> None:
             model.tokenizer.save(partial / "tokenizer")
         hosts.barrier()
         with ocp.Checkpointer(_handler()) as writer:
-            writer.save(partial / "params", args=ocp.args.PyTreeSave(model.params))
+            place = bucket.place(folder / "params") if bucket.is_remote(folder) else partial / "params"
+            writer.save(place, args=ocp.args.PyTreeSave(model.params), force=True)
         if hosts.is_first():
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
-        hosts.barrier()
+        bucket.refresh()
 
 
 def model_folder(path_or_name: str | Path) -> Path | None:
@@ -201,7 +204,7 @@ def _restore_params(folder: Path, abstract: Any, *, partial: bool = False) -> An
         partial_restore=partial,
     )
     with _explained(folder), ocp.Checkpointer(_handler()) as reader:
-        return reader.restore(folder / "params", args=args)
+        return reader.restore(bucket.place(folder / "params"), args=args)
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
@@ -210,7 +213,7 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _explained(folder: Any) -> Iterator[None]:
     """Say what a full disk means, and that nothing was lost. TensorStore wraps the system's message in an error."""
     try:
         yield

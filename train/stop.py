@@ -9,7 +9,6 @@ import contextlib
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -146,8 +145,13 @@ def set_lossless(value: bool) -> None:
 
 def leave(sentence: str, code: int = RUN_AGAIN) -> None:
     """End this process at once, whatever its threads wait for, with a sentence on stderr."""
-    os.write(sys.stderr.fileno() if sys.stderr else 2, f"posttrain: {sentence}\n".encode())
+    say(sentence)
     os._exit(code)
+
+
+def say(sentence: str) -> None:
+    """Write a sentence to stderr, past Python's buffers and locks."""
+    os.write(2, f"posttrain: {sentence}\n".encode())
 
 
 def _hear(reader: int, grace: float) -> None:

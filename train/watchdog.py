@@ -5,6 +5,7 @@ JAX notices hosts that died, and not those that hang.
 
 import contextlib
 import faulthandler
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -50,11 +51,11 @@ class Watchdog:
             if self.ended.wait(min(1.0, self.seconds / 4)):
                 return
         sentence = f"{self.host} is stuck: nothing has moved for {quiet:.0f} s, the last was {self.phase!r}"
-        stacks = self._dump()
+        stop.say(f"{sentence}{self._dump()}")
         if self.client is not None:
             self.client.key_value_set(_KEY, sentence, allow_overwrite=False)
             time.sleep(1.0)  # so that the others hear of it before this process takes the connection with it
-        stop.leave(f"{sentence}{stacks}")
+        os._exit(stop.RUN_AGAIN)
 
     def _listen(self) -> None:
         try:

@@ -61,7 +61,7 @@ def command(name: str) -> Callable[..., None]:
         emit: Annotated[
             emitting.Kind | None, tyro.conf.arg(help="Print a specification for GKE or SkyPilot, and run nothing.")
         ] = None,
-        image: Annotated[str, tyro.conf.arg(help="Container image with posttrain[tpu], for GKE.")] = "",
+        image: Annotated[str, tyro.conf.arg(help="Container image with posttrain[tpu,gcs], for GKE.")] = "",
         cluster: Annotated[str, tyro.conf.arg(help="GKE cluster, for xpk.")] = "",
         dry_run: Annotated[bool, tyro.conf.arg(help="Print every command and run none.")] = False,
         **options: Any,

@@ -14,8 +14,9 @@ import rich.console
 import tyro
 
 from ...sharding import hosts
-from ...train import profile, stop, watchdog
+from ...train import bucket, profile, stop, watchdog
 from .. import cluster, comparison, lock, machine, report
+from .. import flags as presets
 from ..comparison import Comparison
 from ..recipe import Training
 
@@ -29,7 +30,10 @@ def command(name: str) -> Callable[..., None]:
     def go(
         *,
         out: Annotated[
-            Path, tyro.conf.arg(help="The run folder. Run the same command again to go on where a run was stopped.")
+            str,
+            tyro.conf.arg(
+                help="The run folder, or gs://BUCKET/PATH. Run the same command again to go on where a run was stopped."
+            ),
         ],
         smoke: Annotated[
             bool, tyro.conf.arg(help="Shrink every stage to a few steps and items, to see it run from end to end.")
@@ -52,8 +56,13 @@ def command(name: str) -> Callable[..., None]:
                 ),
             ]
         ] = (),
+        flags: Annotated[
+            str, tyro.conf.arg(metavar="PRESET", help="Flags of the TPU compiler, a preset of launch/flags.py by name.")
+        ] = "",
         **options: Any,
     ) -> None:
+        if flags:
+            presets.use(flags)
         watch = Watch(profile=steps(profile), grace=grace, stuck_after=stuck_after)
         train(module.recipe, out, smoke=smoke, options=options, watch=watch, only=only)
 
@@ -97,7 +106,7 @@ def steps(text: str) -> range:
 
 def train(
     recipe: Callable[..., Any],
-    out: Path,
+    where: str | Path,
     *,
     smoke: bool,
     options: dict[str, Any],
@@ -117,6 +126,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening(watch.grace))
         stack.enter_context(cluster.joined())
+        out = stack.enter_context(bucket.working_copy(where))
         if hosts.is_first():
             for folder in [out / name for name in only] or [out]:
                 stack.enter_context(lock.held(folder))
@@ -140,7 +150,7 @@ def train(
 def _remember_compilations(out: Path) -> None:
     """Keep compiled programs in the run folder: stages of equal shapes, and runs that go on, compile them once."""
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_compilation_cache_dir", str((out / ".compiled").resolve()))
+        jax.config.update("jax_compilation_cache_dir", str(bucket.place(out / ".compiled")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

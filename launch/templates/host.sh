@@ -48,7 +48,7 @@ bootstrap() {
       refuse "uv cannot be installed: has the host a way to the package index (an external address, or Cloud NAT)?"
     rm -rf .venv
     uv venv --quiet --python 3.12 .venv || refuse "there is no Python 3.12, and uv cannot fetch it"
-    uv pip install --quiet --python .venv/bin/python --constraint constraints.txt "$(echo ./*.whl)[tpu,tasks]" ||
+    uv pip install --quiet --python .venv/bin/python --constraint constraints.txt "$(echo ./*.whl)[tpu,tasks,gcs]" ||
       refuse "the packages of $(echo ./*.whl) cannot be installed: has the host a way to the package index (an external address, or Cloud NAT)?"
     if [ -s packages.txt ]; then
       uv pip install --quiet --python .venv/bin/python --no-deps --requirements packages.txt ||
@@ -60,12 +60,12 @@ bootstrap() {
   echo "posttrain-ready $(hostname)"
 }
 
-mount_bucket() { # what one host writes the others see at once, and renaming a folder works
+mount_bucket() { # for models and data; the run folder is written without it
   if mountpoint -q bucket; then return; fi
   command -v gcsfuse >/dev/null || sudo apt-get -qq install --yes gcsfuse >/dev/null ||
-    refuse "there is no gcsfuse to mount the bucket with: mount it by other means, and give --out as a path"
+    refuse "there is no gcsfuse to mount gs://$(cat bucket-name) with: mount it by other means, and give paths"
   mkdir -p bucket
-  gcsfuse --implicit-dirs --metadata-cache-ttl-secs 0 --rename-dir-limit 1000000 "$(cat bucket-name)" bucket >/dev/null ||
+  gcsfuse --implicit-dirs -o ro "$(cat bucket-name)" bucket >/dev/null ||
     refuse "gs://$(cat bucket-name) cannot be mounted: give the hosts' service account roles/storage.objectAdmin on it"
 }
 

@@ -80,7 +80,7 @@ def write(spec: Spec, folder: Path, *, wheels: Path) -> Path:
         shutil.copy(file, target / file.name)
     (target / "run.sh").write_text(run_script(spec))
     (target / "packages.txt").write_text("".join(f"{one}\n" for one in spec.packages))
-    if spec.bucket:
+    if any(word.startswith("gs://") for word in spec.words):
         (target / "bucket-name").write_text(f"{spec.bucket}\n")
     if spec.env_file:
         secrets = target / "secrets.env"
@@ -90,13 +90,11 @@ def write(spec: Spec, folder: Path, *, wheels: Path) -> Path:
 
 
 def run_script(spec: Spec) -> str:
-    """The script that becomes the program, on every host; its bucket is mounted beside it, as the folder `bucket`."""
+    """The script that becomes the program, on every host; inputs in the bucket are in the folder `bucket` beside it."""
     only = [word for name in spec.only for word in ("--only", name)]
-    words = [".venv/bin/posttrain", "run", spec.recipe, "--out", spec.out, *spec.words, *only]
     prefix = f"gs://{spec.bucket}/"
-    return (
-        f"exec {shlex.join(f'bucket/{one.removeprefix(prefix)}' if one.startswith(prefix) else one for one in words)}\n"
-    )
+    given = [f"bucket/{word.removeprefix(prefix)}" if word.startswith(prefix) else word for word in spec.words]
+    return f"exec {shlex.join(['.venv/bin/posttrain', 'run', spec.recipe, '--out', spec.out, *given, *only])}\n"
 
 
 def check_words(spec: Spec) -> None:

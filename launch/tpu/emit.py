@@ -26,7 +26,7 @@ def emit(spec: Spec, kind: Kind, *, image: str, cluster: str) -> str:
     if not spec.bucket:
         raise ValueError(f"--out {spec.out!r}: give a folder in a bucket, which --emit {kind} mounts at {MOUNT}")
     if kind != "skypilot" and not image:
-        raise ValueError(f"--emit {kind} needs --image, a container image with posttrain[tpu]")
+        raise ValueError(f"--emit {kind} needs --image, a container image with posttrain[tpu,gcs]")
     if kind == "xpk":
         return _xpk(spec, found, image, cluster)
     if kind == "skypilot" and (not found.accelerator_type or spec.slices > 1):
@@ -51,10 +51,9 @@ def emit(spec: Spec, kind: Kind, *, image: str, cluster: str) -> str:
 
 def program(spec: Spec) -> list[str]:
     """The program and its arguments, where the bucket is mounted."""
-    words = ["posttrain", "run", spec.recipe, "--out", spec.out, *spec.words]
-    return [
-        word.replace(f"gs://{spec.bucket}/", f"{MOUNT}/", 1) if word.startswith("gs://") else word for word in words
-    ]
+    prefix = f"gs://{spec.bucket}/"
+    given = [f"{MOUNT}/{word.removeprefix(prefix)}" if word.startswith(prefix) else word for word in spec.words]
+    return ["posttrain", "run", spec.recipe, "--out", spec.out, *given]
 
 
 def gke_hosts(found: topology.Topology) -> int:

@@ -113,8 +113,7 @@ def _quota(spec: Spec, zone: str, rows: list[dict]) -> Check:
     )
 
 
-FOLDERS = "--uniform-bucket-level-access --enable-hierarchical-namespace"
-"""Options of a bucket in which renaming a folder is one step, as on a disk."""
+ACCESS = "--uniform-bucket-level-access"
 
 
 def _bucket(spec: Spec, run: Run) -> Check:
@@ -131,7 +130,7 @@ def _bucket(spec: Spec, run: Run) -> Check:
         return Check("run folder", True, f"{spec.out} holds this run: it goes on")
     if answer.problem.kind == "absent" and "matched no objects" in answer.problem.text:
         return Check("run folder", True, f"{spec.out} is new")
-    create = f"gcloud storage buckets create gs://{spec.bucket} --project={spec.project} {FOLDERS}"
+    create = f"gcloud storage buckets create gs://{spec.bucket} --project={spec.project} {ACCESS}"
     said = f"gs://{spec.bucket} cannot be read: create it with `{create}`, or ask for access"
     return Check("run folder", False, f"{said}; {answer.problem}")
 
