@@ -12,16 +12,16 @@ from .pairs import Pair
 from .row import Row
 
 
-def of_rows(title: str, found: Funnel, settings: Any) -> str:
+def of_rows(title: str, found: Funnel, settings: Any, format: str = "parquet") -> str:
     """The card of what a funnel kept: rows and tokens by domain, the funnel, teachers, sampling, sources, licences."""
     domains = sorted({step.domain for step in found.steps} | {row.domain for row in found.kept})
     kept = {domain: [row for row in found.kept if row.domain == domain] for domain in domains}
     counts = [[domain, len(rows), sum(row.num_tokens for row in rows)] for domain, rows in kept.items()]
     return "\n".join(
         [
-            *_header(title, found.kept, "rows"),
+            *_header(title, found.kept, f"rows-*.{format}"),
             f"{len(found.kept)} rows were kept and {len(found.dropped)} dropped. Each row holds its provenance; the "
-            "dropped rows, with filter and reason, are in dropped-*.parquet.",
+            f"dropped rows, with filter and reason, are in dropped-*.{format}.",
             "",
             "## Domains",
             *_table(["domain", "rows", "response tokens"], counts),
@@ -42,7 +42,7 @@ def of_pairs(title: str, pairs: Sequence[Pair]) -> str:
     counts = Counter(pair.chosen.domain for pair in pairs)
     return "\n".join(
         [
-            *_header(title, [row for pair in pairs for row in (pair.chosen, pair.rejected)], "pairs"),
+            *_header(title, [row for pair in pairs for row in (pair.chosen, pair.rejected)], "pairs-*.parquet"),
             f"{len(pairs)} pairs of a chosen and a rejected answer.",
             "",
             "## Domains",
@@ -73,10 +73,10 @@ def funnel_rows(found: Funnel) -> list[list[Any]]:
     return [[name, *(counts[domain] for domain in domains)] for name, counts in left.items() if counts]
 
 
-def _header(title: str, rows: Sequence[Row], kind: str) -> list[str]:
+def _header(title: str, rows: Sequence[Row], files: str) -> list[str]:
     licences = sorted({licence for row in rows for licence in row.licences})
     known = [f"license: {json.dumps(licences)}"] if licences else []
-    configs = ["configs:", "- config_name: default", f"  data_files: {kind}-*.parquet"]
+    configs = ["configs:", "- config_name: default", f"  data_files: {files}"]
     return ["---", f"pretty_name: {json.dumps(title, ensure_ascii=False)}", *known, *configs, "---", f"# {title}", ""]
 
 

@@ -1,6 +1,7 @@
 """Tasks on short strings of letters, for models made on the spot: copy, reverse, sort, ..."""
 
-from dataclasses import dataclass
+import difflib
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -28,6 +29,16 @@ class SameText:
         return Verdict(1.0, "equal") if given == task.answer else Verdict(0.0, f"{given[:40]!r} is not the answer")
 
 
+@dataclass(frozen=True)
+class CloseText:
+    """How alike the response and the task's answer are, as a labeller who ranks would see it: partial credit."""
+
+    def __call__(self, task: Task, response: str) -> Verdict:
+        """The share of characters that match in order (Ratcliff and Obershelp), 1 only if equal."""
+        ratio = difflib.SequenceMatcher(None, response.strip(), task.answer or "", autojunk=False).ratio()
+        return Verdict(ratio, f"{ratio:.0%} alike")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Characters:
     """Every string of `length` letters of an alphabet of `letters`, in a seeded order, with one operation to do."""
@@ -35,6 +46,7 @@ class Characters:
     operation: Literal["copy", "reverse", "sort", "double", "rotate"]
     length: int = 3
     letters: int = 8
+    verifier: SameText | CloseText = field(default_factory=SameText)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -56,7 +68,7 @@ class Characters:
         digits = [(number // self.letters**place) % self.letters for place in range(self.length)]
         text = "".join(chr(ord("a") + digit) for digit in digits)
         messages = ({"role": "user", "content": f"{self.operation} {text}"},)
-        return build_task(self.domain, messages, SameText(), answer=OPERATIONS[self.operation](text))
+        return build_task(self.domain, messages, self.verifier, answer=OPERATIONS[self.operation](text))
 
     @cached_property
     def _order(self) -> np.ndarray:

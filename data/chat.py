@@ -3,11 +3,26 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import template
 from .task import Message
 from .tokenizer import Tokenizer
+
+
+class WithTools(NamedTuple):
+    """A conversation whose assistant was offered tools, given as JSON schemas."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...]
+
+
+Conversation = Sequence[Message] | WithTools
+
+
+def messages_of(conversation: Conversation) -> tuple[Message, ...]:
+    """The messages of a conversation, without the tools."""
+    return conversation.messages if isinstance(conversation, WithTools) else tuple(conversation)
 
 
 def render(

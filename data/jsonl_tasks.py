@@ -1,4 +1,4 @@
-"""Tasks from a file of JSON lines."""
+"""Tasks from a file of JSON lines: questions with answers, code with tests, prompts with instructions to follow."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from .task import Message, Task, Verdict
 from .tasks import build_task, check_index, prompt_messages
@@ -18,13 +18,22 @@ FREE_LINES = 3  # malformed lines that even a small file may have
 SHOWN = 5  # malformed lines that an error names
 
 
+@runtime_checkable
+class Checking(Protocol):
+    """A verifier that says before any work whether it can judge a task: a ValueError where it cannot."""
+
+    def check(self, task: Task) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class JsonlTasks:
     """One task per line: {"prompt": text} or {"messages": [...]}, with "answer", and "domain" and "id" if you like.
 
-    `verifier` judges all of them; `name` is the domain of lines that name none. A malformed line is skipped and
-    recorded in `malformed` as "file:line: what is wrong"; more than `malformed_share` of the lines (and more than
-    three) are an error, and so is a file without a single task. The file is read at first use.
+    `verifier` judges all of them; `name` is the domain of lines that name none. Other fields are the task's metadata;
+    a verifier that reads them ("tests", "schema", ...) has a method `check`, which is asked about every line, and then
+    "answer" may be left out or be any JSON. A malformed line is skipped and recorded in `malformed` as "file:line:
+    what is wrong"; more than `malformed_share` of the lines (and more than three) are an error, and so is a file
+    without a single task. The file is read at first use.
     """
 
     path: str
@@ -89,14 +98,17 @@ class JsonlTasks:
         for name in ("domain", "id"):
             if not isinstance(row.get(name, ""), str):
                 raise ValueError(f'"{name}" must be text, got {row[name]!r}')
-        return build_task(
+        task = build_task(
             row.get("domain") or self.name,
             self._messages(row),
             self.verifier,
-            answer=_answer(row),
+            answer=_any_answer(row) if isinstance(self.verifier, Checking) else _answer(row),
             metadata={key: value for key, value in row.items() if key not in _OWN},
             id=row.get("id"),
         )
+        if isinstance(self.verifier, Checking):
+            self.verifier.check(task)
+        return task
 
     def _messages(self, row: dict[str, Any]) -> tuple[Message, ...]:
         if ("prompt" in row) == ("messages" in row):
@@ -123,6 +135,12 @@ class JsonlTasks:
 
 
 _OWN = ("prompt", "messages", "answer", "domain", "id")
+
+
+def _any_answer(row: dict[str, Any]) -> str | None:
+    """None, text, or other JSON as text."""
+    answer = row.get("answer")
+    return answer if answer is None or isinstance(answer, str) else json.dumps(answer)
 
 
 def _answer(row: dict[str, Any]) -> str:

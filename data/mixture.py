@@ -1,12 +1,14 @@
-"""Several sources in fixed proportions, in an order that is a pure function of (seed, index)."""
+"""Several sources in fixed proportions, in an order that is a pure function of (seed, index); epochs and their cap."""
 
 import math
 import sys
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from .shuffle import Indexable, Shuffled
+
+T = TypeVar("T")
 
 
 class Drawn(NamedTuple):
@@ -23,7 +25,9 @@ class Mixture:
     weights, the seed and i alone. (grain.MapDataset.mix rounds: it makes 0.3003 of a weight of 0.3 beside 0.7.)
     """
 
-    def __init__(self, sources: Mapping[str, Indexable[Any]], *, weights: Mapping[str, float], seed: int) -> None:
+    def __init__(
+        self, sources: Mapping[str, Indexable[Any]], *, weights: Mapping[str, float | Fraction], seed: int
+    ) -> None:
         if set(sources) != set(weights) or not sources:
             raise ValueError(f"the sources are {sorted(sources)} and the weights {sorted(weights)}; name the same ones")
         for name, weight in weights.items():
@@ -57,3 +61,71 @@ class Mixture:
     def __getitem__(self, index: int) -> Drawn:
         name, place = self.locate(index)
         return Drawn(name, self._sources[name][place])
+
+    def drawn(self, count: int) -> dict[str, int]:
+        """How many of the first `count` items are each source's."""
+        found, left, rest = {}, sum(self._shares), count
+        for name, share in zip(self._names, self._shares, strict=True):
+            after = rest * (left - share) // left
+            found[name], rest, left = rest - after, after, left - share
+        return found
+
+
+class Bounded(Generic[T]):
+    """The first `size` items of a mixture, without their sources' names.
+
+    `epochs` says how often each source is gone through. With `max_epochs` none is more often than that: see `capped`.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Indexable[T]],
+        *,
+        weights: Mapping[str, float],
+        size: int,
+        max_epochs: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        lengths = {name: len(source) for name, source in sources.items()}
+        shares = weights if max_epochs is None else capped(weights, lengths, size=size, max_epochs=max_epochs)
+        self._mixture = Mixture(sources, weights=shares, seed=seed)
+        self._size = size
+        self.epochs = {name: count / lengths[name] for name, count in self._mixture.drawn(size).items()}
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> T:
+        if not 0 <= index < self._size:
+            raise IndexError(f"item {index} of a mixture of {self._size}")
+        return self._mixture[index].item
+
+
+def capped(
+    weights: Mapping[str, float], lengths: Mapping[str, int], *, size: int, max_epochs: float
+) -> dict[str, Fraction]:
+    """Weights, adding up to `size`, under which `size` items hold each source's at most `max_epochs` times.
+
+    A source that would is held at what it has; the others share what is left, in proportion to their weights. Raises
+    ValueError if all sources together have too few.
+    """
+    if set(weights) != set(lengths) or not max_epochs > 0:
+        raise ValueError(
+            f"weights are for {sorted(weights)}, sources are {sorted(lengths)}, max_epochs is {max_epochs}: name the "
+            "same ones, and give a positive cap"
+        )
+    room = {name: math.floor(max_epochs * length) for name, length in lengths.items()}
+    if sum(room.values()) < size:
+        raise ValueError(
+            f"{size} items are wanted, and {max_epochs:g} epochs of {dict(lengths)} are {sum(room.values())}: take "
+            "fewer, raise max_epochs, or add data"
+        )
+    exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
+    held: dict[str, Fraction] = {}
+    while True:
+        free = {name: weight for name, weight in exact.items() if name not in held}
+        left, total = size - sum(held.values()), sum(free.values())
+        over = [name for name, weight in free.items() if left * weight > room[name] * total]
+        if not over:
+            return {**held, **{name: left * weight / total for name, weight in free.items()}}
+        held |= {name: Fraction(room[name]) for name in over}

@@ -219,6 +219,7 @@ def _empty(rows: int, length: int, fields: Sequence[str], examples: Sequence[Exa
                 raise ValueError(f"example {index} has the fields {sorted(example.fields)} and no {name!r}; add it")
         first = np.asarray(examples[0].fields[name]) if examples else np.zeros((), np.float32)
         kind = np.int32 if np.issubdtype(first.dtype, np.integer) else np.float32
+        kind = np.uint8 if first.dtype == np.uint8 else kind
         batch[name] = np.zeros(shape + first.shape[1:], kind)
     return batch
 

@@ -6,7 +6,7 @@ Light to import: the workers that judge answers do.
 import hashlib
 import sys
 from collections.abc import Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
+@runtime_checkable
 class Indexable(Protocol[T_co]):
     """What has a length and an item at each index: files of records, task sources, lists."""
 

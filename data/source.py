@@ -34,23 +34,43 @@ def conversation(record: Record) -> tuple[Message, ...]:
     A prompt or an answer is a text or a list of messages. Raises ValueError that names the keys found instead.
     """
     if "messages" in record:
-        return _messages(record["messages"], "user")
+        return messages(record["messages"], "user")
     for answer in ("response", "completion"):
         if "prompt" in record and answer in record:
-            return (*_messages(record["prompt"], "user"), *_messages(record[answer], "assistant"))
+            return (*messages(record["prompt"], "user"), *messages(record[answer], "assistant"))
     raise ValueError(f"it has the keys {sorted(record)} and needs messages, or prompt with response or completion")
 
 
 def preference(record: Record) -> Preference:
-    """A record {"prompt", "chosen", "rejected"}, each a text or a list of messages."""
-    missing = [key for key in ("prompt", "chosen", "rejected") if key not in record]
+    """A record {"prompt", "chosen", "rejected"}, each a text or a list of messages.
+
+    Both answers may repeat the prompt. Without one, what the two conversations have in common is the prompt, up to the
+    last message that is not the assistant's.
+    """
+    missing = [key for key in ("chosen", "rejected") if key not in record]
     if missing:
         raise ValueError(f"it has the keys {sorted(record)} and lacks {missing}")
-    answers = [_messages(record[key], "assistant") for key in ("chosen", "rejected")]
-    return Preference(_messages(record["prompt"], "user"), *answers)
+    chosen, rejected = (messages(record[key], "assistant") for key in ("chosen", "rejected"))
+    if "prompt" in record:
+        prompt = messages(record["prompt"], "user")
+    else:
+        pairs = enumerate(zip(chosen, rejected, strict=False))
+        shared = next((i for i, (ours, theirs) in pairs if ours != theirs), min(len(chosen), len(rejected)))
+        while shared and chosen[shared - 1]["role"] == "assistant":
+            shared -= 1
+        prompt = chosen[:shared]
+        if not prompt:
+            raise ValueError(
+                f"it has the keys {sorted(record)} and lacks ['prompt'], or conversations that begin alike"
+            )
+    answers = [said[len(prompt) :] if said[: len(prompt)] == prompt else said for said in (chosen, rejected)]
+    if not all(answers):
+        raise ValueError("its chosen or its rejected conversation ends with the prompt; add the answer")
+    return Preference(prompt, *answers)
 
 
-def _messages(value: Any, role: str) -> tuple[Message, ...]:
+def messages(value: Any, role: str) -> tuple[Message, ...]:
+    """A text as one message of `role`, or a list of messages as it is. Raises ValueError for anything else."""
     if isinstance(value, str):
         return ({"role": role, "content": value},)
     if not isinstance(value, list) or not value:

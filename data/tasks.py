@@ -90,12 +90,13 @@ class Mixture:
     """`size` tasks drawn from several sources in proportion to their weights, evenly all along.
 
     Each source is gone through in a shuffled order, again and again with a new one, so that no task is drawn twice
-    before all of its source have been drawn once (see `mixture.Mixture`).
+    before all of its source have been drawn once, and none more often than `max_epochs` says (see `mixture.Bounded`).
     """
 
     sources: tuple[TaskSource, ...]
     weights: tuple[float, ...]
     size: int
+    max_epochs: float | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -115,13 +116,13 @@ class Mixture:
         return self.size
 
     def __getitem__(self, index: int) -> Task:
-        return self._order[check_index(index, self.size)].item
+        return self._order[check_index(index, self.size)]
 
     @cached_property
-    def _order(self) -> mixture.Mixture:
-        weighed = {str(i): weight for i, weight in enumerate(self.weights) if weight}
-        sources = {name: self.sources[int(name)] for name in weighed}
-        return mixture.Mixture(sources, weights=weighed, seed=self.seed)
+    def _order(self) -> mixture.Bounded[Task]:
+        weights = {str(i): weight for i, weight in enumerate(self.weights) if weight}
+        sources = {name: self.sources[int(name)] for name in weights}
+        return mixture.Bounded(sources, weights=weights, size=self.size, max_epochs=self.max_epochs, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .funnels import Stage as Funnel
+
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 START, TEACHER, OTHER = "#7b8794", "#0a7f5a", "#2563eb"
 LINES = ("#2563eb", "#d9480f", "#0a7f5a", "#9333ea", "#b45309", "#0e7490")
@@ -46,7 +48,7 @@ def curves(name: str, settings: Mapping[str, Any], lines: Sequence[Mapping[str, 
     """Reward and KL, or the loss, over the steps of a stage; None for stages that do not learn step by step."""
     shown = [key for key in ("reward", "kl") if any(key in line for line in lines)]
     shown = shown or [key for key in ("loss",) if any(key in line for line in lines)]
-    if not shown or settings["kind"] == "Evaluate":
+    if not shown or settings["kind"] in ("Evaluate", "Generate"):
         return None
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(4.4 * len(shown), 2.5), layout="constrained")
@@ -119,6 +121,37 @@ def _panel(axes: Axes, domain: str, rows: Sequence[Mapping[str, Any]], teacher: 
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(-5, 105)
     axes.set_xticks([0, 25, 50, 75, 100])
+    axes.set_title(domain, color=INK, fontweight="bold")
+    axes.xaxis.set_major_formatter("{x:.0f}%")
+
+
+def funnel(one: Funnel) -> str:
+    """A panel per domain: a bar for each filter, as long as the share of the generated rows that it left."""
+    columns = min(3, len(one.left))
+    depth = math.ceil(len(one.left) / columns)
+    with mpl.rc_context({**STYLE, "svg.hashsalt": one.name}):
+        figure = Figure(figsize=(1.8 + 2.7 * columns, depth * (0.7 + 0.24 * len(one.steps))), layout="constrained")
+        grid = figure.subplots(depth, columns, squeeze=False, sharey=True, sharex=True)
+        for axes in grid.flat[len(one.left) :]:
+            axes.set_visible(False)
+        for axes, (domain, counts) in zip(grid.flat, one.left.items(), strict=False):
+            _bars(axes, domain, one.steps, counts)
+        return _svg(figure, f"rows left after each filter of {one.name}")
+
+
+def _bars(axes: Axes, domain: str, steps: Sequence[str], counts: Sequence[int]) -> None:
+    places = range(len(steps))
+    widths = [100 * count / max(counts[0], 1) for count in counts]
+    axes.barh(places, [100] * len(steps), color=GRID, height=0.7)
+    axes.barh(places, widths, color=[START, *[OTHER] * (len(steps) - 2), TEACHER][: len(steps)], height=0.7)
+    for place, count in zip(places, counts, strict=True):
+        axes.text(102, place, f"{count:,}", va="center", color=INK, fontsize=8)
+    axes.set_yticks(places, steps)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.grid(visible=False)
+    axes.set_xlim(0, 125)
+    axes.set_ylim(len(steps) - 0.5, -0.5)
+    axes.set_xticks([0, 50, 100])
     axes.set_title(domain, color=INK, fontweight="bold")
     axes.xaxis.set_major_formatter("{x:.0f}%")
 

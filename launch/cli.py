@@ -1,4 +1,4 @@
-"""The command line: `posttrain run|plan|launch|eval|chat|merge|convert|report`, and `ls|status|...` of launches.
+"""The command line: `posttrain run|plan|launch|eval|generate|chat|merge|...`, and `ls|status|...` of launches.
 
 Commands import what they need when they are called: JAX takes seconds to import, `--help` should not.
 """
@@ -60,7 +60,27 @@ TASKS are questions.jsonl (lines of {"prompt": ..., "answer": ...}), arithmetic,
 instructions:capitals, characters:sort or reasoning-gym:spell_backward.
 
   posttrain eval smollm2 --tasks arithmetic --tasks instructions:capitals --limit 32
-  posttrain eval runs/demo/mopd-full --tasks questions.jsonl --verifier text --out runs/questions"""
+  posttrain eval runs/demo/mopd-full --tasks questions.jsonl --verifier text --out runs/questions
+  posttrain eval smollm2 --tasks humaneval.jsonl --verifier unit-tests --max-tokens 512
+
+Verifiers other than number, formula, text and choice read more fields of a line: "tests" (code: a list of {"input",
+"output"}; unit-tests: a list of assertions), "database" or "databases" (sql), "schema" (json-schema),
+"instruction_id_list" and "kwargs" (ifeval). Code runs in a sandbox: see `posttrain sandbox`."""
+
+GENERATE = """Have teachers answer tasks, judge and filter the answers, and write what is kept as shards to train on.
+
+A TEACHER is a MODEL, or URL#MODEL for an OpenAI-compatible endpoint (vLLM, SGLang); with DOMAIN= before it, it answers
+that domain's tasks only. Every answer is on disk as soon as it is there: the same command goes on where a run was
+stopped, and asks for no answer twice. All rows are in OUT/generated/rows, those that are kept in OUT/kept/rows, each
+with a data card, checksums and its provenance; the dropped ones are beside them with the reason.
+
+  posttrain generate --teacher smollm2 --tasks arithmetic --samples 8 --out runs/sums
+  posttrain generate --teacher http://localhost:8000/v1#Qwen/Qwen3-32B --tasks questions.jsonl --out runs/questions
+  posttrain generate --teacher https://host/v1#big --key-variable TEACHER_KEY --teacher arithmetic=runs/rl/rl \\
+      --tasks arithmetic --tasks instructions --samples 4 --rounds 5 --enough 2 --out runs/both
+
+The environment variable TEACHER_KEY holds the key; its name is all that is stored. To share the work, run the command
+on N machines with one OUT, each with --parts N and its own --part from 0 to N-1."""
 
 CHAT = """Talk to a model: a message per line, /reset begins anew, Ctrl-D leaves.
 
@@ -79,10 +99,23 @@ The Hugging Face folder loads with transformers' AutoModelForCausalLM and AutoTo
   posttrain convert runs/demo/mopd-full --out student-hf --dtype bfloat16
   posttrain convert smollm2 --out smollm2 --format posttrain"""
 
+SANDBOX = """How well this machine walls off model-written code: the level it reaches, and what attacks it withstands.
+
+Every attack is tried for real, under small limits, which takes some seconds: files, network, credentials, fork bomb,
+memory, disk, processes that live on, forged verdicts. Exit code 0 where the level that the machine reaches holds.
+
+  posttrain sandbox
+  posttrain sandbox --level landlock"""
+
 Model = Positional[Annotated[str, arg(metavar="MODEL")]]
 Models = Positional[Annotated[tuple[str, ...], arg(metavar="MODEL MODEL ...")]]
 Out = Annotated[Path, arg(metavar="DIR", help="Folder to write.")]
 Base = Annotated[str, arg(metavar="MODEL", help="What the models were fine-tuned from.")]
+Verifier = Literal[
+    "number", "formula", "text", "choice", "code", "unit-tests", "sql", "json-schema", "tool-calls", "ifeval",
+    "citations",
+]  # fmt: skip
+Wall = Literal["plain", "landlock", "bubblewrap"]
 Weights = Annotated[tuple[float, ...], arg(help="One number per model; equal unless given.")]
 
 merges = SubcommandApp()
@@ -96,7 +129,8 @@ def evaluate(
     out: Annotated[Path | None, arg(metavar="DIR")] = None,
     limit: int = 64,
     held_out: float | None = None,
-    verifier: Literal["number", "text", "choice"] = "number",
+    verifier: Verifier = "number",
+    sandbox: Wall = "bubblewrap",
     max_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
@@ -110,16 +144,98 @@ def evaluate(
         limit: Tasks of each kind, from the first.
         held_out: Ask only what `Split` with this fraction holds out; the mopd recipe trains on the rest of 0.3.
         verifier: What judges the answers to a JSON Lines file.
+        sandbox: The least that must stand between code in answers and this machine: see `posttrain sandbox`.
         max_tokens: Longest answer.
         temperature: 0 takes the most likely token.
         seed: Of the random numbers, where the temperature is above 0.
     """
     from ..model.processing import Sampling
     from .commands import evaluate
+    from .tasks import judge
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
     evaluate.main(
-        model, tasks, out, held_out=held_out, verifier=verifier, limit=limit, sampling=sampling, seed=seed
+        model, tasks, out, held_out=held_out, verifier=judge(verifier, sandbox=sandbox), limit=limit,
+        sampling=sampling, seed=seed,
+    )  # fmt: skip
+
+
+def generate(
+    *,
+    teacher: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="TEACHER")]],
+    tasks: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="TASKS")]],
+    out: Out,
+    limit: int | None = None,
+    verifier: Verifier = "number",
+    sandbox: Wall = "bubblewrap",
+    samples: int = 4,
+    rounds: int = 1,
+    enough: int = 1,
+    passing: float = 1.0,
+    keep: int = 1,
+    max_tokens: int = 1024,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    block: int = 256,
+    slots: int = 64,
+    format: Literal["parquet", "array_record"] = "parquet",
+    key_variable: str = "",
+    concurrency: int = 32,
+    timeout: float = 600.0,
+    attempts: int = 8,
+    price_in: float = 0.0,
+    price_out: float = 0.0,
+    part: int = 0,
+    parts: int = 1,
+    seed: int = 0,
+) -> None:
+    """Generate rows.
+
+    Args:
+        teacher: Who answers.
+        tasks: What is asked, as for eval.
+        out: Folder to write, shared by all parts.
+        limit: Prompts of each kind, from the first; all unless given.
+        verifier: What judges the answers to a JSON Lines file.
+        sandbox: The least that must stand between code in answers and this machine: see `posttrain sandbox`.
+        samples: Answers to a prompt, in a round.
+        rounds: The most rounds.
+        enough: Answers that must pass for a prompt to be asked no more.
+        passing: The least score that passes.
+        keep: The most rows of a prompt that are kept: the shortest that pass.
+        max_tokens: Longest answer.
+        temperature: 0 takes the most likely token.
+        top_p: Draw from the best tokens that have this probability together.
+        block: Prompts under way together.
+        slots: Answers decoded at a time by a model on the mesh.
+        format: Of the rows as they were generated; what is kept is Parquet.
+        key_variable: Name of the environment variable with the endpoints' key.
+        concurrency: Requests under way together, to each endpoint.
+        timeout: Seconds for one answer of an endpoint.
+        attempts: How often an endpoint is asked for an answer before the run stops.
+        price_in: Of a million prompt tokens, for the account in generated/usage.json.
+        price_out: Of a million answered tokens.
+        part: Which of the processes that share the work this is.
+        parts: How many they are.
+        seed: Of the random numbers.
+    """
+    from ..model.processing import Sampling
+    from ..train.compute import Compute
+    from .commands import generate
+    from .tasks import judge
+
+    endpoint = {
+        "key_variable": key_variable, "concurrency": concurrency, "timeout": timeout, "attempts": attempts,
+        "price_in": price_in, "price_out": price_out,
+    }  # fmt: skip
+    settings = {
+        "sampling": Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p), "samples": samples,
+        "rounds": rounds, "enough": enough, "passing": passing, "block": block, "format": format, "seed": seed,
+        "compute": Compute(slots=slots), **({} if limit is None else {"limit": limit}),
+    }  # fmt: skip
+    generate.main(
+        teacher, tasks, out, verifier=judge(verifier, sandbox=sandbox), keep=keep, part=part, parts=parts,
+        endpoint=endpoint, settings=settings,
     )  # fmt: skip
 
 
@@ -246,6 +362,17 @@ def report(out: Positional[Annotated[Path, arg(metavar="OUT")]], /) -> None:
     report.main(out)
 
 
+def sandbox(level: Wall | None = None) -> None:
+    """How well this machine walls off model-written code.
+
+    Args:
+        level: Try a lower level than the machine reaches.
+    """
+    from .commands import sandbox
+
+    sandbox.main(level)
+
+
 def recipes() -> dict[str, str]:
     """Names of the recipes and what each is; read from their files, as importing them imports JAX."""
     found = {}
@@ -270,10 +397,12 @@ def build(words: Sequence[str]) -> SubcommandApp:
         "plan": (plans, PLAN),
         "launch": (starts, launches.LAUNCH),
         "eval": (evaluate, EVAL),
+        "generate": (generate, GENERATE),
         "chat": (chat, CHAT),
         "merge": (merges, MERGE),
         "convert": (convert, CONVERT),
         "report": (report, report.__doc__ or ""),
+        "sandbox": (sandbox, SANDBOX),
     }
     commands |= {one.__name__: (one, one.__doc__ or "") for one in launches.COMMANDS}
     for name, (target, text) in commands.items():
@@ -329,15 +458,16 @@ def _hush_libtpu() -> None:
 
 def _explain(error: BaseException, words: Sequence[str]) -> int:
     """Say on stderr what happened; the exit code. Errors that no input explains are raised again."""
+    from ..data.sandbox.level import SandboxError
     from ..train.checkpoint import CheckpointError
 
     if isinstance(error, stop.Interrupted | KeyboardInterrupt):
-        if words[:1] != ["run"]:
+        if words[:1] not in (["run"], ["generate"]):
             return STOPPED
         again = shlex.join(["posttrain", *words])
         print(f"posttrain: stopped; what was done is saved. To go on, run the same again: {again}", file=sys.stderr)
         return stop.RUN_AGAIN
-    if isinstance(error, ValueError | OSError | ImportError | CheckpointError):
+    if isinstance(error, ValueError | OSError | ImportError | CheckpointError | SandboxError):
         print(f"posttrain: {_sentence(error)}", file=sys.stderr)
         return WRONG_USAGE
     raise error

@@ -194,20 +194,51 @@ class Module:
         assert fusion.called
         body = self.computations[fusion.called]
         names = self.by_name[fusion.called]
-        users: dict[str, list[Instruction]] = {one.name: [] for one in body}
-        for one in body:
-            for name in one.operands:
-                users[name].append(one)
-        parameters = sorted((one for one in body if one.opcode == "parameter"), key=_parameter_number)
         total = 0.0
-        for parameter, whole in zip(parameters, operands, strict=True):
-            total += min(whole, _read(parameter, users, names)) if whole else 0.0
+        for number, whole in enumerate(operands):
+            total += min(whole, self._parameter_read(fusion.called, number)) if whole else 0.0
         root = next(one for one in body if one.root)
         parts = [names[name] for name in root.operands] if root.opcode == "tuple" else [root]
         for part, array in zip(parts, fusion.arrays, strict=False):
             if array.in_hbm or not hbm_only:
                 total += _written(part, names, array)
         return total
+
+    def _parameter_read(self, computation: str, number: int) -> float:
+        """Bytes that a fused computation reads of its parameter of this number."""
+        body = self.computations[computation]
+        parameter = next(one for one in body if one.opcode == "parameter" and _parameter_number(one) == number)
+        return self._read(computation, parameter.name)
+
+    def _read(self, computation: str, name: str) -> float:
+        """Bytes of a value in a fused computation that its users read; a user that only passes it on reads nothing."""
+        total = 0.0
+        for user in self.computations[computation]:
+            if name not in user.operands:
+                continue
+            if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+                total += sum(a.bytes for a in user.arrays)
+            elif user.opcode == "bitcast":
+                total += self._read(computation, user.name)
+            elif user.opcode == "fusion" and user.called:
+                for number in [place for place, operand in enumerate(user.operands) if operand == name]:
+                    total += self._parameter_read(user.called, number)
+                    if self._viewed(user.called) == number:
+                        total += self._read(computation, user.name)
+            elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
+                continue  # what it does not overwrite stays where it is
+            elif user.opcode in ("tuple", *COLLECTIVES) or "AsyncCollective" in user.attributes:
+                continue
+            else:
+                return math.inf
+        return total
+
+    def _viewed(self, computation: str) -> int | None:
+        """The number of the parameter that a fused computation gives back as it is."""
+        part = next(one for one in self.computations[computation] if one.root)
+        while part.opcode == "bitcast":
+            part = self.by_name[computation][part.operands[0]]
+        return _parameter_number(part) if part.opcode == "parameter" else None
 
 
 def parse(text: str, *, trips: int = 1) -> Module:
@@ -322,30 +353,13 @@ def _touched(opcode: str, operands: Sequence[float], out: float) -> float:
     return sum(operands) + out
 
 
-def _read(one: Instruction, users: Mapping[str, list[Instruction]], names: Mapping[str, Instruction]) -> float:
-    """Bytes of a fusion's parameter that its users read; a user that only passes it on reads nothing."""
-    total = 0.0
-    for user in users[one.name]:
-        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == one.name:
-            total += sum(a.bytes for a in user.arrays)
-        elif user.opcode == "bitcast":
-            total += _read(user, users, names)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == one.name:
-            continue  # what it does not overwrite stays where it is
-        elif user.opcode in ("tuple", *COLLECTIVES) or "AsyncCollective" in user.attributes:
-            continue
-        else:
-            return math.inf
-    return total
-
-
 def _written(part: Instruction, names: Mapping[str, Instruction], array: Array) -> float:
     while part.opcode == "bitcast":
         part = names[part.operands[0]]
     if part.opcode == "parameter" or part.opcode in COLLECTIVES or "AsyncCollective" in part.attributes:
         return 0.0
-    if part.opcode == "dynamic-update-slice":
-        return sum(a.bytes for a in names[part.operands[1]].arrays)
+    if part.opcode in ("dynamic-update-slice", "scatter"):
+        return sum(a.bytes for a in names[part.operands[-1 if part.opcode == "scatter" else 1]].arrays)
     return array.bytes
 
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import inspect
 import json
+import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -13,8 +15,14 @@ import jax
 from ..model.config import ModelConfig
 from ..sharding import hosts
 from ..train import attempts, bucket, stop
+from ..train.curate import Curate, Pair
+from ..train.evaluate import OverSeeds
+from ..train.generate import Generate
 from ..train.programs import Programs
 from ..train.stop import Interrupted, check_stop
+
+ON_ONE_HOST = (Curate, Pair, OverSeeds)
+"""Stages without a model: the first host does them, the others wait."""
 
 
 class Stage(Protocol):
@@ -74,17 +82,23 @@ class Training:
             Interrupted: if a signal has asked to stop.
         """
         check_stop()
+        if isinstance(stage, Generate) and jax.process_count() > 1:
+            raise ValueError(
+                f"{name} generates, which hosts do each by itself: run `posttrain generate --part I --parts "
+                f"{jax.process_count()}` on every host (without a coordinator), then the recipe on what they wrote"
+            )
         stage = shrunk(stage) if self.smoke else stage
         folder = self.out / name
         self.names.append(name)
         if self.only and name not in self.only:
             return str(folder)
-        self._remember(folder, stage)
+        remember(folder, stage, self.out)
         if not (folder / "DONE").exists():
             stop.set_lossless(True)
             begun, self._started = self._started or time.time(), None
             with _attempt(folder, begun):
-                stage.train(folder, self.mesh)
+                if hosts.is_first() or not isinstance(stage, ON_ONE_HOST):
+                    stage.train(folder, self.mesh)
             hosts.barrier()  # no host may find it done that has not helped
             if hosts.is_first():
                 (folder / "DONE").touch()
@@ -94,35 +108,43 @@ class Training:
             bucket.remove(folder / "checkpoints")
         return str(folder)
 
-    def _remember(self, folder: Path, stage: Stage) -> None:
-        """Write the settings down, or compare them with those that are; every host does, after the first."""
-        if hosts.is_first():
-            self._write_or_compare(folder, stage)
-        bucket.refresh()
-        if not hosts.is_first():
-            self._write_or_compare(folder, stage)
-        hosts.barrier()  # the first may mark the stage as done only when all have looked
 
-    def _write_or_compare(self, folder: Path, stage: Stage) -> None:
-        now = relative(settings(stage), self.out)
-        path = folder / "stage.json"
-        if path.exists():
-            changes = differences(json.loads(path.read_text()), now)
-            if changes:
-                raise SettingsChangedError(
-                    f"{folder} was started with other settings ({'; '.join(changes)}): "
-                    "give another --out, restore the settings, or delete that folder"
-                )
-            return
-        if not hosts.is_first():
-            raise FileNotFoundError(
-                f"{hosts.name()} does not see {path}, which the first host has written: give an --out on storage that "
-                "all hosts share (NFS, a mounted bucket)"
+def remember(folder: Path, stage: Stage, out: Path) -> None:
+    """Write the settings of a stage to `folder`/stage.json, or compare them with those that are there.
+
+    Of several hosts the first does so before the others, and none goes on before all have.
+
+    Raises:
+        SettingsChangedError: if they differ.
+    """
+    if hosts.is_first():
+        _write_or_compare(folder, stage, out)
+    bucket.refresh()
+    if not hosts.is_first():
+        _write_or_compare(folder, stage, out)
+    hosts.barrier()
+
+
+def _write_or_compare(folder: Path, stage: Stage, out: Path) -> None:
+    now = relative(settings(stage), out)
+    path = folder / "stage.json"
+    if path.exists():
+        changes = differences(json.loads(path.read_text()), now)
+        if changes:
+            raise SettingsChangedError(
+                f"{folder} was started with other settings ({'; '.join(changes)}): "
+                "give another --out, restore the settings, or delete that folder"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(now, indent=2) + "\n")
-        partial.rename(path)
+        return
+    if not hosts.is_first():
+        raise FileNotFoundError(
+            f"{hosts.name()} does not see {path}, which the first host has written: give an --out on storage that "
+            "all hosts share (NFS, a mounted bucket, gs://BUCKET/PATH)"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(now, indent=2) + "\n")
+    partial.rename(path)
 
 
 @contextlib.contextmanager
@@ -153,15 +175,23 @@ SMOKE = {"steps": 2, "limit": 4}
 
 
 def shrunk(stage: Any) -> Any:
-    """The stage with few steps and items, to see a recipe run from end to end."""
+    """The stage with few steps and items, to see a recipe run from end to end.
+
+    Filters are left out: of the answers of a model that has learned nothing they would leave nothing.
+    """
     fields = {field.name for field in dataclasses.fields(stage)}
-    return dataclasses.replace(stage, **{k: min(v, getattr(stage, k)) for k, v in SMOKE.items() if k in fields})
+    smaller: dict[str, Any] = {k: min(v, getattr(stage, k)) for k, v in SMOKE.items() if k in fields}
+    return dataclasses.replace(stage, **smaller, **({"filters": ()} if "filters" in fields else {}))
 
 
 def settings(value: Any) -> Any:
-    """Plain JSON of a stage: nested dataclasses become objects that name their class."""
+    """Plain JSON of a stage: nested dataclasses become objects that name their class, functions their full name.
+
+    Fields that a dataclass leaves out of comparisons (`compare=False`) may differ when a run goes on.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: settings(vars(value)[field.name]) for field in dataclasses.fields(value)}
+        compared = (field.name for field in dataclasses.fields(value) if field.compare)
+        fields = {name: settings(vars(value)[name]) for name in compared}
         return {"kind": type(value).__name__, **fields}
     if isinstance(value, Mapping):
         return {str(key): settings(item) for key, item in value.items()}
@@ -169,6 +199,8 @@ def settings(value: Any) -> Any:
         return [settings(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if inspect.isfunction(value) and "<" not in value.__qualname__:
+        return f"{value.__module__}.{value.__qualname__}"
     raise TypeError(f"a stage's settings hold a {type(value).__name__} ({value!r}), which cannot be written as JSON")
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..train import attempts, evaluate, metrics
 from ..train.evaluate import Score
-from . import charts, comparison, machine
+from . import charts, comparison, funnels, machine
 from .comparison import Comparison, Entry
 
 PHASES = {
@@ -76,7 +76,8 @@ def summarise(out: Path, compared: Comparison) -> dict[str, Any]:
     """What report.json holds.
 
     rows: name, scores {domain: {mean, low, high, n}}, recovery (mean over the domains where it is defined, or None),
-    recovery_by_domain, seconds of the stages that made the model. shares and seconds: wall time by phase, over all
+    recovery_by_domain, seconds of the stages that made the model. funnels: by stage and domain, how many generated rows
+    were left after each filter. shares and seconds: wall time by phase, over all
     stages. notes: why a recovery is undefined.
     """
     stages = {stage.name: stage for stage in stage_records(out)}
@@ -95,6 +96,7 @@ def summarise(out: Path, compared: Comparison) -> dict[str, Any]:
             for domain, (before, after) in gains.items()
             if after <= before
         ],
+        "funnels": {one.name: one.left for one in funnels.read(out, list(stages))},
         "shares": {phase: seconds / total if total else 0.0 for phase, seconds in by_phase.items()},
         "seconds": by_phase,
         "goodput": math.fsum(by_phase[phase] for phase in GOOD) / total if total else 0.0,
@@ -183,6 +185,7 @@ def page(out: Path, compared: Comparison, summary: Mapping[str, Any]) -> str:
         curves=[
             (stage, chart) for stage in stages if (chart := charts.curves(stage.name, stage.settings, stage.lines))
         ],
+        funnels=[(one, charts.funnel(one)) for one in funnels.read(out, [stage.name for stage in stages])],
         samples=samples(compared),
         phases=PHASES,
         good=GOOD,
@@ -228,6 +231,17 @@ def table(summary: Mapping[str, Any]) -> Table:
         made.add_column(name, justify="right", no_wrap=True)
     for row in summary["rows"]:
         made.add_row(row["name"], *_cells(row, columns))
+    return made
+
+
+def funnel_table(one: funnels.Stage) -> Table:
+    """A funnel for the terminal: a row per filter, with what it left of each domain."""
+    made = Table(title=f"{one.name}: rows left", title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    made.add_column("after", no_wrap=True)
+    for domain in one.left:
+        made.add_column(domain, justify="right", no_wrap=True)
+    for step, counts in one.rows:
+        made.add_row(step, *map(str, counts))
     return made
 
 

@@ -60,8 +60,3 @@ def write(
 def unstack(cache: Cache) -> Cache:
     """The same cache with a tuple of layers, as `apply` wants it beside unstacked weights."""
     return Cache(*(tuple(part[layer] for layer in range(len(part))) for part in cache))
-
-
-def stack(cache: Cache) -> Cache:
-    """The inverse of `unstack`."""
-    return Cache(*(jnp.stack(part) for part in cache))

@@ -32,7 +32,11 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of a Llama-architecture decoder. Sizes in elements; `dtype` is what activations are computed in."""
+    """Shape of a Llama-architecture decoder. Sizes in elements; `dtype` is what activations are computed in.
+
+    `output` "score" has one linear unit on the last hidden states in the place of the vocabulary's head: a reward model
+    or a critic.
+    """
 
     vocab_size: int
     embed_dim: int
@@ -52,6 +56,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     init_std: float = 0.02
+    output: Literal["logits", "score"] = "logits"
     dtype: str = "float32"
     remat: Literal["none", "dots", "full"] = "none"
 
@@ -72,8 +77,11 @@ class ModelConfig:
         if self.attention_bias:
             attention += self.head_dim * (self.num_heads + 2 * self.num_kv_heads) + self.embed_dim
         mlp = 3 * self.embed_dim * self.mlp_dim + (2 * self.mlp_dim + self.embed_dim if self.mlp_bias else 0)
-        embeddings = self.vocab_size * self.embed_dim * (1 if self.tie_embeddings else 2)
-        return self.num_layers * (attention + mlp + 2 * self.embed_dim) + embeddings + self.embed_dim
+        layers = self.num_layers * (attention + mlp + 2 * self.embed_dim)
+        ends = self.vocab_size * self.embed_dim + self.embed_dim
+        if self.output == "score":
+            return layers + ends + self.embed_dim + 1
+        return layers + ends + (0 if self.tie_embeddings else self.vocab_size * self.embed_dim)
 
 
 RUNTIME_FIELDS = ("dtype", "remat")

@@ -95,6 +95,8 @@ def save_hf(
     folder = Path(folder)
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {dtype!r}: choose float32 or bfloat16")
+    if config.output == "score":
+        raise ValueError("a reward model has no place in LlamaForCausalLM: keep it in the posttrain format")
     plan = layout.entries(config, NAMES)
     _check_params(config, params)
     shards = _split(plan, 2 if dtype == "bfloat16" else 4, shard_bytes)

@@ -16,6 +16,8 @@ PARAM_AXES: dict[str, tuple[str, ...]] = {
     "embedding": ("vocab", "embed"),
     "head": ("embed", "vocab"),
     "final_norm": ("norm",),
+    "score": ("norm",),
+    "score_bias": (),
     "attention_norm": ("norm",),
     "mlp_norm": ("norm",),
     "q": ("embed", "heads", "head_dim"),
@@ -182,7 +184,10 @@ class Block(nn.Module):
 
 
 class Ends(nn.Module):
-    """What stands before and after the layers: embedding, final norm, and the head where it is not tied."""
+    """What stands before and after the layers: embedding, final norm, and the head where it is not tied.
+
+    The scalar head begins as that of Tulu 3 does, with standard deviation 1 / sqrt(D + 1).
+    """
 
     config: ModelConfig
 
@@ -190,7 +195,10 @@ class Ends(nn.Module):
         c = self.config
         self.embedding = self.param("embedding", _init(c), (c.vocab_size, c.embed_dim))
         self.final_norm = self.param("final_norm", nn.initializers.ones, (c.embed_dim,))
-        if not c.tie_embeddings:
+        if c.output == "score":
+            self.score = self.param("score", nn.initializers.normal((c.embed_dim + 1) ** -0.5), (c.embed_dim,))
+            self.score_bias = self.param("score_bias", nn.initializers.zeros, ())
+        elif not c.tie_embeddings:
             self.head = self.param("head", _init(c), (c.embed_dim, c.vocab_size))
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

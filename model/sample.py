@@ -14,16 +14,16 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ..sharding import mesh as meshes
-from . import attention, processing, transformer
-from . import cache as caches
+from . import decoding, transformer
 from .config import ModelConfig
 from .processing import Sampling
 
 MAX_STOPS = 8
 MIN_LENGTH = 96  # of the cache: short prompts of any kind share one decoding program
+PREFILL = 2**14
+"""Prompt tokens that a part of the batch computes at a time, padding included; at least one prompt."""
 
 
 class Generation(NamedTuple):
@@ -50,22 +50,6 @@ class Noise:
     first_row: int = 0
 
 
-class _Slots(NamedTuple):
-    """What the decoding loop carries, one entry per slot."""
-
-    cache: caches.Cache
-    token: Int[Array, " B"]
-    position: Int[Array, " B"]
-    row: Int[Array, " B"]
-    count: Int[Array, " B"]  # pyright: ignore[reportIncompatibleMethodOverride]
-    limit: Int[Array, " B"]
-    temperature: Float[Array, " B"]
-    active: Bool[Array, " B"]
-    tokens: Int[Array, "B N"]
-    logp: Float[Array, "B N"]
-    kept: UInt8[Array, "B N W"]  # W is 0 unless asked for
-
-
 def generate(
     config: ModelConfig,
     params: transformer.Params,
@@ -89,7 +73,8 @@ def generate(
         sampling: temperature, truncation, length limit and stop ids.
         noise: seed, step and first row of the random numbers; sample g of prompt p is row
             `first_row + p * num_samples + g`.
-        slots: answers decoded at a time, rounded up to fill the mesh; memory grows with it.
+        slots: answers decoded at a time, rounded up to fill the mesh; memory grows with it. The samples of a prompt
+            share its prefill where they fit the slots of one of the mesh's parts of a batch.
         mesh: shards the slots over its data axes and the heads over its tensor axis.
         return_kept: whether to hand back `kept`, which takes V / 8 bytes a token.
         on_finish: called with the number of answers that have just ended (for progress bars).
@@ -120,6 +105,11 @@ def bucket(size: int, *, minimum: int = 16) -> int:
 def _filling(size: int, parts: int) -> int:
     """`size` rounded up to split evenly over the mesh: what does not split is replicated."""
     return -(-size // parts) * parts
+
+
+def _most(prompts: int, width: int) -> int:
+    """How many of so many prompts of this width a part of the batch computes at a time."""
+    return max(1, min(prompts, PREFILL // width))
 
 
 class Call(NamedTuple):
@@ -153,20 +143,26 @@ def programs(
     """
     parts = meshes.batch_parts(mesh)
     slots = _filling(slots, parts)
-    group = min(group, slots)
+    group = min(group, slots // parts)
     width, capacity = bucket(prompt_tokens), bucket(sampling.max_tokens)
     length = bucket(prompt_tokens + capacity, minimum=MIN_LENGTH)
     dials = np.int32(sampling.max_tokens), np.float32(sampling.temperature)
-    shapes = jax.eval_shape(partial(_start, config, slots, length, capacity, False, *dials))
-    state = jax.tree.map(lambda x, axes: _lying(x, axes, mesh), shapes, _axes(shapes))
+    shapes = jax.eval_shape(partial(decoding.start, config, slots, length, capacity, False, *dials))
+    state = jax.tree.map(lambda x, axes: _lying(x, axes, mesh), shapes, decoding.axes_of(shapes))
     key = jax.eval_shape(lambda: jax.random.key(0))
     ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    prompts = _filling(slots // group, parts)
+    prompts = parts * _most(slots // parts // group, width)
     admitted = (ints((prompts, width)), ints((prompts,)), ints((prompts, group)), ints((prompts, group)))
     static = (config, sampling.compiled)
+    with jax.set_mesh(mesh):
+        decoder = jax.eval_shape(partial(decoding.lay_out, config), params)
+    decoder = jax.tree_util.tree_map_with_path(
+        lambda path, x: _lying(x, transformer.decoding_axes(path), mesh), decoder
+    )
     return {
-        "prefill": Call(_admit, static, (params, state, key, *admitted)),
-        "decode": Call(_decode, static, (params, state, key, ints(()))),
+        "decoder": Call(decoding.lay_out, (config,), (params,)),
+        "prefill": Call(decoding.admit, static, (params, state, key, *admitted)),
+        "decode": Call(decoding.decode, static, (decoder, state, key, ints(()), ints(()))),
     }
 
 
@@ -208,13 +204,14 @@ class _Engine:
         self.config, self.sampling, self.noise = config, sampling, noise
         self.prompts, self.num_samples = prompts, num_samples
         self.num_slots = _filling(slots, parts)
-        self.group = min(num_samples, self.num_slots)
+        self.part = self.num_slots // parts
+        self.group = min(num_samples, self.part)
         self.refill = max(self.group, self.num_slots // 4)
         self.width = bucket(max(map(len, prompts), default=1))
         self.capacity = bucket(sampling.max_tokens)
         self.length = bucket(max(map(len, prompts), default=1) + self.capacity, minimum=MIN_LENGTH)
         self.params = params
-        self.decoder = _unstack(config, params) if meshes.platform() == "cpu" else params
+        self.decoder = decoding.lay_out(config, params)
         pieces = [range(i, min(i + self.group, num_samples)) for i in range(0, num_samples, self.group)]
         self.waiting = [_Unit(p, piece) for p in range(len(prompts)) for piece in pieces][::-1]
         self.holds: list[tuple[int, int] | None] = [None] * self.num_slots
@@ -227,41 +224,58 @@ class _Engine:
         key = jax.random.fold_in(jax.random.key(self.noise.seed), self.noise.step)
         sizes = self.num_slots, self.length, self.capacity
         dials = np.int32(self.sampling.max_tokens), np.float32(self.sampling.temperature)
-        state = _start(self.config, *sizes, return_kept, *dials)
+        state = decoding.start(self.config, *sizes, return_kept, *dials)
         while self.waiting or any(self.holds):
-            while self.waiting and self.holds.count(None) >= self.group:
-                state = _admit(*static, self.params, state, key, *self._next_units())
+            while self.waiting and (units := self._next_units()):
+                state = decoding.admit(*static, self.params, state, key, *self._admission(units))
             enough = self.num_slots - self.refill if self.waiting else 0
-            state = _decode(*static, self.decoder, state, key, enough)
+            state = decoding.decode(*static, self.decoder, state, key, enough, self.group)
             on_finish(self._collect(state))
         return self.answers
 
-    def _next_units(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Prompts [A, P], lengths [A], slots [A, G], rows [A, G] of what is admitted next; slot num_slots is nobody."""
-        free = [slot for slot, held in enumerate(self.holds) if held is None]
-        count = min(len(self.waiting), len(free) // self.group)
-        size = _filling(self._admitted(count), self.parts)
+    def _next_units(self) -> list[list[tuple[_Unit, list[int]]]]:
+        """What is admitted next, by part of the batch: units and the slots that they are given. Empty if none fits.
+
+        A unit's slots are all of one part: its prompt is then computed on the device that keeps its keys and values.
+        """
+        parts = [range(first, first + self.part) for first in range(0, self.num_slots, self.part)]
+        free = [[slot for slot in part if self.holds[slot] is None] for part in parts]
+        units: list[list[tuple[_Unit, list[int]]]] = [[] for _ in free]
+        for _ in range(_most(self.part // self.group, self.width)):
+            for slots, taken in zip(free, units, strict=True):
+                if self.waiting and len(slots) >= self.group:
+                    unit = self.waiting.pop()
+                    taken.append((unit, slots[: len(unit.samples)]))
+                    del slots[: len(unit.samples)]
+        return units if any(units) else []
+
+    def _admission(
+        self, units: Sequence[Sequence[tuple[_Unit, Sequence[int]]]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Prompts [A, P], lengths [A], slots [A, G], rows [A, G] of some units; slot num_slots is nobody."""
+        room = self._room(max(map(len, units)))
+        size = room * len(units)
         tokens = np.zeros((size, self.width), np.int32)
         lengths = np.ones(size, np.int32)
         slots = np.full((size, self.group), self.num_slots, np.int32)
         rows = np.zeros((size, self.group), np.int32)
-        for index in range(count):
-            unit = self.waiting.pop()
+        places = [(part * room + i, *one) for part, taken in enumerate(units) for i, one in enumerate(taken)]
+        for index, unit, given in places:
             prompt = self.prompts[unit.prompt]
             tokens[index, : len(prompt)] = prompt
             lengths[index] = len(prompt)
-            for place, sample in enumerate(unit.samples):
-                slots[index, place] = free.pop(0)
+            for place, (sample, slot) in enumerate(zip(unit.samples, given, strict=True)):
+                slots[index, place] = slot
                 rows[index, place] = self.noise.first_row + unit.prompt * self.num_samples + sample
-                self.holds[slots[index, place]] = (unit.prompt, sample)
+                self.holds[slot] = (unit.prompt, sample)
         return tokens, lengths, slots, rows
 
-    def _admitted(self, count: int) -> int:
-        """Room for `count` prompts: all the slots, or a half, a quarter or an eighth of them. Few shapes to compile."""
-        most = self.num_slots // self.group
+    def _room(self, count: int) -> int:
+        """Room for `count` prompts of a part: the most, or a half, a quarter or an eighth. Few shapes to compile."""
+        most = _most(self.part // self.group, self.width)
         return next(room for room in (-(-most // 8), -(-most // 4), -(-most // 2), most) if room >= count)
 
-    def _collect(self, state: _Slots) -> int:
+    def _collect(self, state: decoding.Slots) -> int:
         """Take finished answers out of their slots; returns how many."""
         active, count, token = (meshes.to_host(x) for x in (state.active, state.count, state.token))
         done = [slot for slot, held in enumerate(self.holds) if held is not None and not active[slot]]
@@ -276,140 +290,3 @@ class _Engine:
             self.answers[prompt][sample] = Generation(tokens[slot, :n].copy(), logp[slot, :n].copy(), finish, support)
             self.holds[slot] = None
         return len(done)
-
-
-@partial(jax.jit, static_argnums=0)
-def _unstack(config: ModelConfig, params: transformer.Params) -> transformer.Params:
-    return transformer.unstack(config, params)
-
-
-def _axes(state: _Slots) -> _Slots:
-    """Logical axes of every array: slots over the data axes, heads over the tensor axis."""
-    cache = jax.tree.map(lambda x: caches.AXES[-x.ndim :], state.cache)
-    rest: dict[str, Any] = {
-        name: ("batch", *([None] * (x.ndim - 1))) for name, x in state._asdict().items() if name != "cache"
-    }
-    return _Slots(cache=cache, **rest)
-
-
-def _constrain(state: _Slots) -> _Slots:
-    """Every array told to lie as its axes say."""
-    return jax.tree.map(lambda x, axes: meshes.constrain(x, *axes), state, _axes(state))
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _start(
-    config: ModelConfig, slots: int, length: int, capacity: int, return_kept: bool,
-    limit: Array | np.int32, temperature: Array | np.float32,
-) -> _Slots:  # fmt: skip
-    ints = partial(jnp.zeros, dtype=jnp.int32)
-    return _constrain(
-        _Slots(
-            cache=caches.empty(config, slots, length),
-            token=ints(slots), position=ints(slots), row=ints(slots), count=ints(slots),
-            limit=jnp.full(slots, limit, jnp.int32), temperature=jnp.full(slots, temperature, jnp.float32),
-            active=jnp.zeros(slots, bool),
-            tokens=ints((slots, capacity)), logp=jnp.zeros((slots, capacity), jnp.float32),
-            kept=jnp.zeros((slots, capacity, -(-config.vocab_size // 8) if return_kept else 0), jnp.uint8),
-        )
-    )  # fmt: skip
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
-def _admit(
-    config: ModelConfig,
-    sampling: Sampling,
-    params: transformer.Params,
-    state: _Slots,
-    key: Array,
-    prompts: Int[Array, "A P"],
-    lengths: Int[Array, " A"],
-    slots: Int[Array, "A G"],
-    rows: Int[Array, "A G"],
-) -> _Slots:
-    """Prefill some prompts once each, copy their keys and values into the slots of their samples, draw first tokens."""
-    count, width = prompts.shape
-    group = slots.shape[1]
-    fresh = caches.empty(config, count, width)
-    positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
-    segments = jnp.where(positions < lengths[:, None], attention.BRANCHES, 0)
-    hidden, fresh = transformer.apply(config, params, prompts, positions=positions, segments=segments, cache=fresh)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    scores = jnp.repeat(transformer.logits(config, params, last)[:, 0], group, axis=0)
-    slots, rows = slots.reshape(-1), rows.reshape(-1)
-    warmth = jnp.broadcast_to(state.temperature[0], rows.shape)
-    token, logp = processing.draw(scores, _keys(key, rows, jnp.zeros_like(rows)), sampling, temperature=warmth)
-    kept = processing.support(scores, sampling, temperature=warmth)[:, : state.kept.shape[-1]]
-    cache = jax.tree.map(lambda old, new: _place(old, new, slots, group), state.cache, fresh)
-
-    def put(old: Array, new: Array) -> Array:
-        return old.at[slots].set(new, mode="drop")
-
-    return _constrain(
-        state._replace(
-            cache=cache,
-            token=put(state.token, token),
-            position=put(state.position, jnp.repeat(lengths, group)),
-            row=put(state.row, rows),
-            count=put(state.count, jnp.ones_like(rows)),
-            active=put(state.active, ~_stops(token, sampling) & (state.limit[0] > 1)),
-            tokens=state.tokens.at[slots, 0].set(token, mode="drop"),
-            logp=state.logp.at[slots, 0].set(logp, mode="drop"),
-            kept=state.kept.at[slots, 0].set(kept, mode="drop"),
-        )
-    )
-
-
-def _place(old: Array, new: Array, slots: Int[Array, " AG"], group: int) -> Array:
-    """Copy [L, A, N, P, K] prompt keys into the first P positions of their samples' slots of [L, B, N, S, K]."""
-    return old.at[:, slots, :, : new.shape[-2]].set(jnp.repeat(new, group, axis=1), mode="drop")
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
-def _decode(
-    config: ModelConfig, sampling: Sampling, params: transformer.Params, state: _Slots, key: Array, enough: Array | int
-) -> _Slots:
-    """Decode until at most `enough` slots are still talking, and at least one step."""
-
-    def step(state: _Slots) -> _Slots:
-        hidden, cache = transformer.apply(
-            config, params, state.token[:, None], positions=state.position[:, None], cache=state.cache
-        )
-        scores = transformer.logits(config, params, hidden)[:, 0]
-        warmth = state.temperature
-        token, logp = processing.draw(scores, _keys(key, state.row, state.count), sampling, temperature=warmth)
-        kept = processing.support(scores, sampling, temperature=warmth)[:, : state.kept.shape[-1]]
-        active = state.active
-        place = jnp.where(active, state.count, state.tokens.shape[1])
-        every = jnp.arange(active.shape[0])
-        count = state.count + active
-        return _constrain(
-            state._replace(
-                cache=cache,
-                token=jnp.where(active, token, state.token),
-                position=state.position + active,
-                count=count,
-                active=active & ~_stops(token, sampling) & (count < state.limit),
-                tokens=state.tokens.at[every, place].set(token, mode="drop"),
-                logp=state.logp.at[every, place].set(logp, mode="drop"),
-                kept=state.kept.at[every, place].set(kept, mode="drop"),
-            )
-        )
-
-    running = jnp.sum(state.active)
-    enough = jnp.where(running > enough, enough, jnp.maximum(running - 1, 0))
-    unstacked = isinstance(params["layers"], tuple)
-    state = state._replace(cache=caches.unstack(state.cache)) if unstacked else state
-    state = jax.lax.while_loop(lambda s: jnp.sum(s.active) > enough, step, state)
-    return state._replace(cache=caches.stack(state.cache)) if unstacked else state
-
-
-def _stops(token: Int[Array, " B"], sampling: Sampling) -> Bool[Array, " B"]:
-    if not sampling.stop_ids:
-        return jnp.zeros(token.shape, bool)
-    return jnp.any(token[:, None] == jnp.asarray(sampling.stop_ids)[None, :], axis=1)
-
-
-def _keys(key: Array, rows: Int[Array, " B"], count: Int[Array, " B"]) -> Array:
-    """A key per row and token: the seed and step are already folded into `key`."""
-    return jax.vmap(lambda row, n: jax.random.fold_in(jax.random.fold_in(key, row), n))(rows, count)

@@ -110,14 +110,14 @@ def _layers(
     """All decoder layers: one scan over stacked weights, or one after the other over a tuple of them."""
 
     def block(x: Array, cache: Cache | None, index: Array | int, weights: Params) -> tuple[Array, Cache | None]:
-        return _run(Block(config), _placed(weights), x, cache, index, where)
+        return _run(Block(config), weights, x, cache, index, where)
 
     if isinstance(layers, tuple):
         for index, weights in enumerate(layers):
             carry = block(*carry, index, weights)
         return carry
     indices = jnp.arange(config.num_layers)
-    step = _remat(config, lambda carry, layer: (block(*carry, *layer), None))
+    step = _remat(config, lambda carry, layer: (block(*carry, layer[0], _placed(layer[1])), None))
     return jax.lax.scan(step, carry, (indices, layers))[0]
 
 
@@ -134,22 +134,58 @@ def _remat(config: ModelConfig, step: Callable) -> Callable:
     return jax.checkpoint(step, prevent_cse=False, policy=policy)
 
 
-def unstack(config: ModelConfig, params: Params) -> Params:
-    """The same model with its layers as a tuple of trees instead of one stacked tree; `apply` takes both.
+def for_decoding(config: ModelConfig, params: Params) -> Params:
+    """The same model as a decoding loop wants it: a tuple of layers instead of a stack, which `apply` takes as well.
 
-    For decoding on CPU, where every step of a scan would copy its layer's weights out of the stack (measured on
-    SmolLM2-135M: twice the time of the layers themselves at 64 rows).
+    Matrices are in the compute type and split over the tensor axis only: a loop that makes one token a turn would
+    else gather every weight for every token. From a stack it would also copy each layer's weights and cache (measured:
+    half of what Llama-3.1-8B moves on TPUs; on CPU, for SmolLM2-135M at 64 rows, twice the time of the layers).
     """
+
+    def lay(path: tuple[Any, ...], x: Array) -> Array:
+        return meshes.constrain(x if x.ndim == 1 else x.astype(config.dtype), *decoding_axes(path))
 
     def layer(index: int) -> Params:
         return jax.tree.map(lambda x: x[index], params["layers"])
 
-    return {**params, "layers": tuple(layer(index) for index in range(config.num_layers))}
+    whole = {**params, "layers": tuple(layer(index) for index in range(config.num_layers))}
+    return jax.tree_util.tree_map_with_path(lay, whole)
+
+
+def decoding_axes(path: tuple[Any, ...]) -> tuple[str | None, ...]:
+    """The logical axes of the parameter at a path of what `for_decoding` makes: nothing lies over the fsdp axis."""
+    return tuple(None if name == "embed" else name for name in PARAM_AXES[path[-1].key])
 
 
 def head(config: ModelConfig, params: Params) -> Float[Array, "D V"]:
-    """The matrix that turns hidden states into logits; the transposed embedding where it is tied."""
+    """The matrix that turns hidden states into logits; the transposed embedding where it is tied.
+
+    Raises:
+        ValueError: for a model that gives scores.
+    """
+    if config.output == "score":
+        raise ValueError("this model gives scores, not logits: it can judge text and neither write nor predict it")
     return params["embedding"].T if config.tie_embeddings else params["head"]
+
+
+def with_score(config: ModelConfig, params: Params, key: Array) -> tuple[ModelConfig, Params]:
+    """A language model made into a scoring one: the same but for its head, which is a new scalar one."""
+    scoring = config.replace(output="score")
+    fresh = Ends(scoring).init(key, jnp.zeros((1, 1), jnp.int32), method="embed")["params"]
+    kept = {name: value for name, value in params.items() if name != "head"}
+    return scoring, {**kept, "score": fresh["score"], "score_bias": fresh["score_bias"]}
+
+
+def score(config: ModelConfig, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    """What a scoring model makes of each position, float32; before any sigmoid.
+
+    Raises:
+        ValueError: for a model without the scalar head.
+    """
+    if config.output != "score":
+        raise ValueError("this is a language model without a scalar head: train a reward model from it first")
+    kernel = params["score"].astype(jnp.float32)
+    return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), kernel) + params["score_bias"].astype(jnp.float32)
 
 
 def logits(config: ModelConfig, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

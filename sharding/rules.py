@@ -9,6 +9,7 @@ MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "rows": ("data", "expert"),
+    "draws": ("data", "fsdp", "expert", "context", "tensor"),
     "length": ("context",),
     "vocab": ("tensor",),
     "embed": ("fsdp",),

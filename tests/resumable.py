@@ -24,6 +24,7 @@ from posttrain.train import stop
 from posttrain.train.checkpoint import CheckpointError
 from posttrain.train.compute import Compute
 from posttrain.train.distill import Distill
+from posttrain.train.objective import olmo
 from posttrain.train.optimizer import AdamW
 from posttrain.train.rl import RL
 from posttrain.train.sft import SFT
@@ -46,7 +47,7 @@ def stage(name: str, teacher: str) -> SFT | RL | Distill:
         return SFT(data=Demonstrations(tasks=MIXED), batch_size=4, **SHARED)
     sampling = Sampling(max_tokens=4)
     if name == "rl":
-        return RL(tasks=MIXED, sampling=sampling, prompts=2, group=4, rounds=2, updates=2, **SHARED)
+        return RL(tasks=MIXED, sampling=sampling, prompts=2, group=4, objective=olmo(rounds=2), updates=2, **SHARED)
     return Distill(teachers={"north": teacher, "south": "tiny"}, tasks=MIXED, sampling=sampling, prompts=4, **SHARED)
 
 

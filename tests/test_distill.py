@@ -1,7 +1,12 @@
 """Distillation: nothing to learn from oneself, each answer scored by its own domain's teacher, one at a time."""
 
+import dataclasses
 import functools
+import json
+import threading
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +14,11 @@ import numpy as np
 import pytest
 from toy import Likes
 
+from posttrain.data import chat
 from posttrain.data import tokenizer as tokenizers
 from posttrain.data.characters import Characters
 from posttrain.data.conversations import Demonstrations
+from posttrain.data.endpoint import Client, Endpoint, EndpointError
 from posttrain.data.pack import Example, Group, pack_groups
 from posttrain.data.tasks import Mixture
 from posttrain.model import config as configs
@@ -20,18 +27,26 @@ from posttrain.model.processing import Sampling
 from posttrain.sharding import mesh as meshes
 from posttrain.train import checkpoint, distill, metrics, score, step
 from posttrain.train.compute import Compute
-from posttrain.train.distill import Distill, FullVocabulary, SampledToken
+from posttrain.train.distill import Distill
 from posttrain.train.losses import distill as losses
 from posttrain.train.losses import masked
 from posttrain.train.optimizer import AdamW
+from posttrain.train.rollout import Rollout, retold
 from posttrain.train.sft import SFT
 from posttrain.train.teachers import Teachers
+from posttrain.train.teaching import FullVocabulary, MiniLLM, SampledToken, SequenceLevel, TopK
 
 CONFIG = configs.ModelConfig(
     vocab_size=64, embed_dim=32, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=64, context=32,
     tie_embeddings=True, init_std=0.2,
 )  # fmt: skip
 OBJECTIVES = {"full": FullVocabulary(chunk=24), "sampled": SampledToken()}
+OTHERS = {
+    "forward": FullVocabulary(beta=0.0, chunk=24),
+    "jsd": FullVocabulary(beta=0.3, chunk=24),
+    "top k": TopK(k=8, chunk=24),
+    "minillm": MiniLLM(chunk=24),
+}
 COMPUTE = Compute(row_tokens=64, micro_rows=8, slots=64, save_every=100)
 
 
@@ -86,14 +101,14 @@ def size(tree):
     return max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [*OBJECTIVES, *OTHERS])
 def test_a_teacher_equal_to_the_student_teaches_nothing(name, student, groups):
-    batch = packed(groups, student)
+    batch, objective = packed(groups, student), {**OBJECTIVES, **OTHERS}[name]
     assert len(np.unique(np.asarray(batch["segments"])[0])) > 4
-    same = accumulate(OBJECTIVES[name], student, student, batch)
-    other = accumulate(OBJECTIVES[name], student, model(1), batch)
+    same = accumulate(objective, student, student, batch)
+    other = accumulate(objective, student, model(1), batch)
     np.testing.assert_allclose([same.weight, other.weight], 9, rtol=1e-6)
-    assert abs(float(same.metrics["kl"])) < 1e-5 and abs(float(other.metrics["kl"])) > 1
+    assert abs(float(same.metrics["kl"])) < 1e-5 and abs(float(other.metrics["kl"])) > 0.3
     assert abs(float(same.loss)) < 1e-5
     assert size(same.grads) < 1e-5 * size(other.grads)
 
@@ -127,6 +142,23 @@ def test_the_sampled_token_loss_is_the_formula_on_every_token(student, groups):
     advantage = np.clip(expert - logp, -2, 2) + 0.5 * np.asarray(batch["advantage"])
     assert np.any(np.abs(expert - logp)[weight > 0] > 2)
     np.testing.assert_allclose(sums.loss, np.sum(-np.exp(logp - behavior) * advantage * logp * weight), rtol=1e-4)
+
+
+def test_minillm_without_a_horizon_and_a_single_step_is_sampled_token_distillation(student, groups):
+    teacher, batch = model(1), packed(groups, student)
+    sums = accumulate(MiniLLM(discount=0.0, single=0.0, chunk=24), student, teacher, batch)
+    plain = accumulate(OBJECTIVES["sampled"], student, teacher, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), sums.grads, plain.grads)
+
+
+def test_a_teachers_weight_scales_its_gradient_and_not_the_divisor(student, groups):
+    teacher, batch = model(1), packed(groups, student)
+    plain = accumulate(OBJECTIVES["sampled"], student, teacher, batch)
+    weighed = accumulate(
+        OBJECTIVES["sampled"], student, teacher, {**batch, "teacher_weight": jnp.full_like(batch["mask"], 2.5)}
+    )
+    assert weighed.weight == plain.weight and weighed.metrics["kl"] == plain.metrics["kl"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 2.5 * b, atol=1e-5), weighed.grads, plain.grads)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -235,8 +267,106 @@ def test_domains_without_a_teacher_and_teachers_of_other_tokens_are_refused(expe
     other = tokenizers.tiny()
     other.backend.add_special_tokens(["<|new|>"])
     checkpoint.save_model(tmp_path / "other" / "model", tiny._replace(tokenizer=other))
-    with pytest.raises(ValueError, match="teacher .*other has another tokenizer .* by SFT"):
-        stage({**experts, "south": str(tmp_path / "other")}).train(tmp_path / "b", one_device())
+    given = {**experts, "south": str(tmp_path / "other")}
+    with pytest.raises(ValueError, match="teacher .*other has another tokenizer .* SequenceLevel and on_policy 0"):
+        stage(given).train(tmp_path / "b", one_device())
+    # Its answers are text, and text can be learned: the loss falls although no token is shared.
+    whole = {"prompts": 8, "steps": 6, "sampling": Sampling(max_tokens=5, temperature=0.5)}
+    stage(given, objective=SequenceLevel(), on_policy=0.0, **whole).train(tmp_path / "c", one_device())
+    losses = [line["loss"] for line in metrics.read(tmp_path / "c" / "metrics.jsonl")]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_answers_of_another_tokenizer_become_the_tokens_that_training_text_has():
+    ours, theirs = tokenizers.tiny(), tokenizers.tiny()
+    theirs.backend.add_special_tokens(["<|new|>"])
+    task = Likes(domain="north")[0]
+    spoken = np.asarray([*theirs.encode("Yes, 3."), theirs.eos_ids[0]])
+    answer = Rollout(
+        task=task, prompt=[1], tokens=spoken, logp=np.ones(len(spoken), np.float32), reward=1.0, reason="",
+        finish="stop", version=0,
+    )  # fmt: skip
+    (heard,) = retold([answer], theirs, ours)
+    prompt = chat.render(ours, task.messages, add_generation_prompt=True)
+    assert heard.prompt == prompt and ours.decode(heard.tokens[:-1].tolist(), skip_special=False) == "Yes, 3."
+    assert heard.tokens[-1] in ours.eos_ids and not np.any(heard.logp)
+    (cut,) = retold([dataclasses.replace(answer, tokens=spoken[:-1], finish="length")], theirs, ours)
+    assert cut.tokens.tolist() == heard.tokens[:-1].tolist()
+    assert retold([answer], theirs, theirs) == [answer]
+
+
+def test_settings_that_do_not_fit_together_are_refused(experts):
+    endpoint = Endpoint(url="http://127.0.0.1:1/v1", model="m")
+    for message, settings in {
+        "weights for \\['west'\\], and teachers are for": {"weights": {"west": 2.0}},
+        "on_policy is 1.5: it is a share": {"on_policy": 1.5},
+        "sequence-level distillation learns the teachers' answers; set it to 0": {"objective": SequenceLevel()},
+        "SampledToken has a policy gradient": {"objective": SampledToken(), "on_policy": 0.5},
+        "endpoints, which give log-probabilities": {"teachers": {"north": endpoint}},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            stage(experts, **settings)
+
+
+class Server(ThreadingHTTPServer):
+    """What it serves, and how often it was asked."""
+
+    served: Any = None
+    asked = 0
+
+
+class Served(BaseHTTPRequestHandler):
+    """The echo of vLLM's completions, computed by a real model."""
+
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        served, tokens = self.server.served, body["prompt"]
+        padded = np.zeros((1, 128), np.int32)
+        padded[0, : len(tokens)] = tokens
+        places = np.arange(128, dtype=np.int32)[None]
+        segments = np.where(places < len(tokens), np.int32(1024), np.int32(0))
+        batch = {"tokens": padded, "targets": np.roll(padded, -1, 1), "segments": segments, "positions": places}
+        logp = np.asarray(score.token_logp(served.config, served.params, batch))[0]
+        self.server.asked += 1
+        state = 503 if self.server.asked == 2 else 200
+        echoed = [None, *map(float, logp[: len(tokens) - 1]), -1.0]  # the last is of the token that was not asked for
+        echoed = echoed[:1] if body["model"] == "short" else echoed
+        choice = {"text": served.tokenizer.decode(tokens), "logprobs": {"token_logprobs": echoed}}
+        reply = json.dumps({"choices": [choice]}).encode()
+        self.send_response(state)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, format, *args):
+        """Say nothing."""
+
+
+@pytest.fixture
+def endpoint(experts):
+    """The north expert behind a server, which fails once."""
+    server = Server(("127.0.0.1", 0), Served)
+    server.served = checkpoint.open_model(experts["north"], one_device())
+    server.served = server.served._replace(config=COMPUTE.configure(server.served.config))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield Endpoint(url=f"http://127.0.0.1:{server.server_address[1]}/v1", model="north", concurrency=2, pause=0.0)
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_teacher_behind_an_endpoint_teaches_what_the_same_checkpoint_does(endpoint, experts, tmp_path):
+    given = {"tasks": Likes(domain="north"), "prompts": 3, "objective": SampledToken()}
+    for name, teacher in (("near", experts["north"]), ("far", endpoint)):
+        stage({"north": teacher}, **given).train(tmp_path / name, one_device())
+    near, far = (metrics.read(tmp_path / name / "metrics.jsonl") for name in ("near", "far"))
+    for a, b in zip(near, far, strict=True):
+        np.testing.assert_allclose([a["kl"], a["loss"], a["reward"]], [b["kl"], b["loss"], b["reward"]], rtol=1e-3)
+    with pytest.raises(EndpointError, match="gives 1 log-probabilities for 2 tokens: it must support echo"):
+        Client(dataclasses.replace(endpoint, model="short")).echo([5, 6])
 
 
 def test_an_outcome_advantage_needs_two_answers(experts):

@@ -3,13 +3,15 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 from rows import PROVENANCE, make_row
 
-from posttrain.data import card, pairs, shards, source, variants
+from posttrain.data import card, chat, columns, pairs, shards, source, variants
+from posttrain.data.conversations import EmptyThinking, Rows, WithoutThinking
 from posttrain.data.filters import funnel, outcome
 from posttrain.data.row import thought
 
@@ -53,7 +55,7 @@ def write(folder: Path, items=None, **settings) -> Path:
 
 
 def read(folder: Path, kind: str = "rows"):
-    records = source.read(*shards.paths(folder, kind), parse=shards.row)
+    records = source.read(*shards.paths(folder, kind), parse=columns.row)
     return [records[i] for i in range(len(records))]
 
 
@@ -80,8 +82,9 @@ def test_shards_are_conversations_to_train_on(tmp_path):
     paths = shards.paths(write(tmp_path / "sums"))
     plain = source.read(*paths)
     assert plain[0] == (*make_row("It is 0.", "0 + 0?").prompt, {"role": "assistant", "content": "It is 0."})
-    exact = source.read(*paths, parse=shards.conversation)
-    assert exact[len(exact) - 1] == (*AGENT.prompt, *AGENT.response)
+    exact = Rows(folders=(str(Path(paths[0]).parent),)).open()
+    assert exact[0] == plain[0]
+    assert exact[len(exact) - 1] == chat.WithTools((*AGENT.prompt, *AGENT.response), TOOLS)
 
 
 def test_the_same_rows_make_the_same_bytes_in_whatever_order_they_come(tmp_path):
@@ -133,7 +136,7 @@ def test_what_a_shard_cannot_hold_is_refused(tmp_path, message, why):
 def test_no_rows_make_empty_shards_and_a_card(tmp_path):
     folder = write(tmp_path / "none", [])
     [file] = shards.paths(folder)
-    assert parquet.read_table(file).schema.equals(shards.ROWS)
+    assert parquet.read_table(file).schema.equals(columns.ROWS)
     assert "0 rows were kept and 0 dropped" in (folder / "README.md").read_text()
     with pytest.raises(ValueError, match="there is no record in"):
         source.read(file)
@@ -176,7 +179,7 @@ def test_the_funnel_table_counts_what_is_left_by_domain():
 
 def test_files_that_are_no_shards_are_named(tmp_path):
     parquet.write_table(pyarrow.table({"prompt": ["x"], "response": ["y"]}), tmp_path / "x.parquet")
-    records = source.read(tmp_path / "x.parquet", parse=shards.row)
+    records = source.read(tmp_path / "x.parquet", parse=columns.row)
     with pytest.raises(ValueError, match=r"it lacks \['finish', 'id', 'num_tokens', 'teacher'\]"):
         records[0]
     with pytest.raises(FileNotFoundError, match=r"there is no .*manifest.json; give a folder"):
@@ -241,7 +244,7 @@ def test_pairs_come_back_as_preferences(tmp_path):
     found = source.read(*shards.paths(folder, "pairs"), parse=source.preference)
     assert [found[i].rejected[0]["content"] for i in range(2)] == ["5", "5"]
     assert found[1].prompt == sums.chosen.prompt and found[1].chosen == sums.chosen.response
-    exact = source.read(*shards.paths(folder, "pairs"), parse=shards.preference)
+    exact = source.read(*shards.paths(folder, "pairs"), parse=columns.preference)
     assert exact[0] == (AGENT.prompt, AGENT.response, agents.rejected.response)
     [file] = shards.paths(folder, "pairs")
     stored = parquet.read_table(file).to_pylist()
@@ -271,6 +274,15 @@ def test_a_row_that_is_told_not_to_think_has_an_empty_thinking():
     assert found.response[0]["content"] == "<think>\n\n</think>\n\nIt is 4."
     assert thought(found.response[0]).answer.strip() == "It is 4."
     assert found.id == "a/no_think"
+
+
+def test_one_set_of_rows_teaches_to_think_and_not_to(tmp_path):
+    folders = (str(write(tmp_path / "sums", [make_row("<think>two and two</think>\n\nIt is 4.")])),)
+    kinds: dict[type, Any] = {kind: kind(folders=folders).open()[0] for kind in (Rows, WithoutThinking, EmptyThinking)}
+    assert [conversation[-1]["content"] for conversation in kinds.values()] == [
+        "<think>two and two</think>\n\nIt is 4.", "It is 4.", "<think>\n\n</think>\n\nIt is 4."
+    ]  # fmt: skip
+    assert kinds[EmptyThinking][0]["content"] == "What is 2 + 2? /no_think"
 
 
 def test_variants_of_rows_that_cannot_have_them_are_errors():

@@ -15,11 +15,11 @@ LAYERS = {  # folder -> the folders below it; data never imports jax, so it does
     "launch": {"train", "model", "data", "sharding"},
 }
 LIBRARIES = {"flax": "model/", "orbax": "train/checkpoint.py", "argparse": "launch/", "tyro": "launch/"}
-POWERS = {  # last part of a dotted name -> the one place that may use it; a worker process reads its own command line
+POWERS = {  # last part of a dotted name -> the one place that may use it; a process has a command line of its own
     "PartitionSpec": "sharding/rules.py",
     "value_and_grad": "train/step.py",
-    "argv": ("launch/", "data/verify/worker.py"),
-    "environ": "launch/",
+    "argv": ("launch/", "data/verify/worker.py", "data/sandbox/inside.py"),
+    "environ": ("launch/", "data/endpoint.py"),  # a key's value must not travel through settings
     "getenv": "launch/",
 }
 ALIASES = {"jax.P": "jax.sharding.PartitionSpec", "jax.grad": "jax.value_and_grad"}

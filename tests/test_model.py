@@ -123,7 +123,7 @@ def test_decoding_equals_prefill_at_every_position_of_ragged_rows(params, unstac
     lengths = (9, 4, 7)
     conversations = rows(*lengths)
     slots = 10
-    weights = transformer.unstack(CONFIG, params) if unstacked else params
+    weights = transformer.for_decoding(CONFIG, params) if unstacked else params
     state = jax.tree.map(lambda x: x + 100.0, cache.empty(CONFIG, 3, slots))
     state = cache.unstack(state) if unstacked else state
     step = jit(lambda tokens, positions, state: model.apply(CONFIG, weights, tokens, positions=positions, cache=state))

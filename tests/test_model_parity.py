@@ -32,7 +32,7 @@ def test_logits_equal_those_of_transformers(case):
     config, params = model.load(LLAMA / case)
     with np.load(GOLDEN / "llama.npz") as golden:
         tokens, expected, short = (golden[f"{case}/{name}"] for name in ("tokens", "logits", "short_logits"))
-    for weights in (params, transformer.unstack(config, params)):
+    for weights in (params, transformer.for_decoding(config, params)):
         assert_close(all_logits(config, weights, tokens), expected)
     length = short.shape[1]
     assert_close(all_logits(config, weights, tokens, length)[:, :length], short)
@@ -62,7 +62,7 @@ def test_the_goldens_would_notice_an_ignored_field(case, changes):
         changes = {"rope_scaling": type(config.rope_scaling)(**values)}
     with np.load(GOLDEN / "llama.npz") as golden:
         tokens, expected = golden[f"{case}/tokens"], golden[f"{case}/logits"]
-    wrong = all_logits(config.replace(**changes), transformer.unstack(config, params), tokens)
+    wrong = all_logits(config.replace(**changes), transformer.for_decoding(config, params), tokens)
     assert np.abs(wrong - expected).max() > 100 * TOLERANCE
 
 

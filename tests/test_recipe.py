@@ -148,9 +148,11 @@ def test_only_paths_below_the_run_folder_are_made_relative():
     assert relative(value, Path("runs")) == {"a": "OUT/x", "b": ["OUT/other", "my runs/x", "smollm2"], "kind": "runs"}
 
 
-def test_settings_that_json_cannot_hold_are_refused():
-    with pytest.raises(TypeError, match="hold a function"):
-        settings({"loss": test_settings_that_json_cannot_hold_are_refused})
+def test_functions_go_by_their_full_name_and_what_json_cannot_hold_is_refused():
+    assert settings({"by": differences}) == {"by": "posttrain.launch.recipe.differences"}
+    for nameless in (lambda: None, object()):
+        with pytest.raises(TypeError, match="hold a (function|object)"):
+            settings({"loss": nameless})
 
 
 def test_differences_name_the_place():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from posttrain.launch import charts, comparison, report
+from posttrain.launch import charts, comparison, funnels, report
 from posttrain.launch.comparison import Comparison, Entry
 from posttrain.train import evaluate
 
@@ -74,6 +74,26 @@ def out(tmp_path) -> Path:
     compared = Comparison(title="A <b>run</b>", entries=entries, teachers={"sums": "adder", "words": "writer"})
     comparison.write(compared, out)
     return out
+
+
+def test_a_funnel_shows_what_each_filter_left_of_each_domain(out):
+    steps = [
+        {"filter": name, "domain": domain, "rows": rows, "dropped": dropped}
+        for name, of in {"Finished": (10, 1, 8, 0), "Verified": (9, 4, 8, 8)}.items()
+        for domain, rows, dropped in (("sums", *of[:2]), ("words", *of[2:]))
+    ]
+    (out / "rl" / "rows").mkdir()
+    (out / "rl" / "rows" / "manifest.json").write_text(json.dumps({"steps": steps}))
+    summary = report.write(out, report.stored_comparison(out))
+    assert summary["funnels"] == {"rl": {"sums": (10, 9, 5), "words": (8, 8, 0)}}
+    page = (out / "report.html").read_text()
+    for line in ("<td>generated</td><td>10</td><td>8</td>", "<td>Verified</td><td>5</td><td>0</td>"):
+        assert line in page
+    assert 'aria-label="rows left after each filter of rl"' in page
+    [one] = funnels.read(out, ["rl"])
+    console = rich.console.Console(file=io.StringIO(), width=100)
+    console.print(report.funnel_table(one))
+    assert "Verified       5       0" in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_recovery_is_the_share_of_the_teachers_gain(out):

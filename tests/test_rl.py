@@ -20,10 +20,12 @@ from posttrain.model.sample import Noise
 from posttrain.sharding import mesh as meshes
 from posttrain.train import checkpoint, metrics, rl, rollout, score, step, stop
 from posttrain.train.compute import Compute
+from posttrain.train.objective import Objective, UnbiasedKL, deepseek_v32, olmo
 from posttrain.train.optimizer import AdamW
-from posttrain.train.rl import RL, Objective
+from posttrain.train.rl import RL
 from posttrain.train.rollout import Rollout
 from posttrain.train.sft import SFT
+from posttrain.train.surrogate import Clip
 
 CONFIG = configs.ModelConfig(
     vocab_size=64, embed_dim=32, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=64, context=32,
@@ -104,33 +106,35 @@ def test_unequal_rewards_raise_the_better_answer_and_lower_the_worse(params, bat
 
 
 def test_at_the_first_update_the_ratio_is_one_and_nothing_is_clipped(params, batch):
-    tight = Objective(clip_low=1e-4, clip_high=1e-4)
+    tight = Objective(surrogate=Clip(low=1e-4, high=1e-4))
     given = {name: value for name, value in batch.items() if name != "old_logp"}
     sums = gradient(params, given, tight)
-    assert sums.metrics["clipped"] == 0
-    np.testing.assert_allclose(sums.metrics["mismatch"], 0, atol=1e-4)
+    assert sums.metrics["clipped"].total == 0
+    np.testing.assert_allclose(sums.metrics["mismatch"].total, 0, atol=1e-4)
     off = {**batch, "old_logp": batch["old_logp"] - 0.1 * np.sign(batch["advantage"])}
-    assert gradient(params, off, tight).metrics["clipped"] == np.sum(batch["mask"])
+    assert gradient(params, off, tight).metrics["clipped"] == (18, 18)
 
 
 def test_the_temperature_of_sampling_is_that_of_training(params, batch):
     cold = np.asarray(score.token_logp(CONFIG, params, batch, temperature=0.5))
     given = {**batch, "behavior_logp": cold}
     del given["old_logp"]
-    np.testing.assert_allclose(gradient(params, given, temperature=0.5).metrics["mismatch"], 0, atol=1e-4)
-    assert gradient(params, given).metrics["mismatch"] > 1
+    np.testing.assert_allclose(gradient(params, given, temperature=0.5).metrics["mismatch"].total, 0, atol=1e-4)
+    assert gradient(params, given).metrics["mismatch"].total > 1
 
 
 def test_the_kl_term_pulls_towards_the_reference(params, batch):
     reference = jax.jit(lambda key: transformer.init(CONFIG, key))(jax.random.key(1))
     given = {**batch, "advantage": np.zeros_like(batch["advantage"])}
     given["reference_logp"] = np.asarray(score.token_logp(CONFIG, reference, batch))
-    sums = gradient(params, given, Objective(kl_weight=1.0))
+    sums = gradient(params, given, Objective(kl=UnbiasedKL(weight=1.0)))
     after = jax.tree.map(lambda p, g: p - 0.003 * g, params, sums.grads)
     moved = np.asarray(score.token_logp(CONFIG, after, batch)) - batch["old_logp"]
     wanted = (given["reference_logp"] - batch["old_logp"]) * batch["mask"]
     assert np.sum(moved * wanted) > 0
-    at_reference = gradient(params, {**given, "reference_logp": batch["old_logp"]}, Objective(kl_weight=1.0))
+    at_reference = gradient(
+        params, {**given, "reference_logp": batch["old_logp"]}, Objective(kl=UnbiasedKL(weight=1.0))
+    )
     assert np.max(np.abs(flat(at_reference.grads))) < 1e-3 * np.max(np.abs(flat(sums.grads)))
 
 
@@ -148,7 +152,7 @@ def test_groups_without_variance_are_replaced_until_the_number_is_right(tmp_path
     log = metrics.Log(tmp_path, title="", total=1)
     sampler = Scripted(sampling=SAMPLING, slots=2, mesh=one_device(), pool=VerifierPool(1), log=log)
     model = checkpoint.open_model("tiny", one_device())
-    kept, taken, numbers = stage(prompts=3, rounds=3)._collect(sampler, model, {"iteration": 4, "next_task": 10})
+    kept, taken, numbers = stage(prompts=3)._collect(sampler, model, {"iteration": 4, "next_task": 10})
     assert [[r.reward for r in group] for group in kept] == [[0, 1], [1, 0], [1, 0.5]]
     assert [(count, noise) for count, noise, _ in asked] == [(3, 12), (2, 13), (1, 14)]
     assert taken == 16 and len({task for *_, tasks in asked for task in tasks}) == 6
@@ -191,7 +195,7 @@ def test_the_reference_runs_only_for_a_kl_term(traced):
     scored, added, folder = traced
     assert len(scored) == 4  # two micro-batches a step, for their old log-probs
     (start,) = {policy.tobytes() for policy in scored[:2]}
-    stage(prompts=2, group=2, objective=Objective(kl_weight=0.1)).train(folder / "with", one_device())
+    stage(prompts=2, group=2, objective=Objective(kl=UnbiasedKL(weight=0.1))).train(folder / "with", one_device())
     assert [policy.tobytes() == start for policy in scored[4:]] == [True]
     assert "reference_logp" in added[-1][1] and "old_logp" not in added[-1][1]
 
@@ -209,10 +213,28 @@ def test_a_signal_ends_the_rollouts_at_the_next_answer(tmp_path):
         assert pool.counts["judged"] == 0
 
 
-@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"temperature": 0.0}], ids=str)
-def test_truncated_sampling_is_refused(cut):
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_truncated_sampling_is_refused_unless_its_mask_is_kept(cut):
     with pytest.raises(ValueError, match="RL needs answers from the whole distribution"):
         stage(sampling=Sampling(max_tokens=4, **cut))
+    assert stage(sampling=Sampling(max_tokens=4, **cut), objective=deepseek_v32())
+
+
+def test_under_a_kept_sampling_mask_the_trainer_reports_what_a_truncated_sampler_did(tmp_path):
+    """The reference, replaced every step, is then the policy itself at each first update: no KL and no mismatch."""
+    cut = Sampling(max_tokens=6, top_k=7, top_p=0.9, temperature=0.8)
+    settings = {"sampling": cut, "prompts": 2, "group": 4, "steps": 2, "optimizer": AdamW(learning_rate=1e-2)}
+    stage(objective=deepseek_v32(kl_weight=0.1), reference_every=1, **settings).train(tmp_path / "kept", one_device())
+    for line in metrics.read(tmp_path / "kept" / "metrics.jsonl"):
+        assert line["mismatch_max"] < 1e-4 and line["kl"] < 1e-9 and line["grad_norm"] > 0
+        assert line["entropy_estimate"] < np.log(7) + 0.5  # an estimate; 5.6 over all tokens
+    with pytest.raises(ValueError, match="reference_every is 3 and the objective has no KL term"):
+        stage(reference_every=3)
+
+
+def test_greedy_sampling_is_refused():
+    with pytest.raises(ValueError, match="greedy sample has no policy gradient"):
+        stage(sampling=Sampling(max_tokens=4, temperature=0.0), objective=deepseek_v32())
 
 
 def test_settings_that_cannot_work_are_refused():
@@ -229,7 +251,13 @@ def test_the_reward_on_characters_goes_up(tmp_path):
         start="tiny", data=Demonstrations(tasks=tasks), steps=35, batch_size=16, optimizer=adam, compute=COMPUTE
     )
     learned.train(tmp_path / "start", mesh)
-    settings = {"steps": 25, "prompts": 16, "group": 8, "rounds": 1, "optimizer": AdamW(learning_rate=1e-3)}
+    settings = {
+        "steps": 25,
+        "prompts": 16,
+        "group": 8,
+        "objective": olmo(rounds=1),
+        "optimizer": AdamW(learning_rate=1e-3),
+    }
     stage(start=str(tmp_path / "start"), tasks=tasks, **settings).train(tmp_path / "rl", mesh)
     rewards = [line["reward"] for line in metrics.read(tmp_path / "rl" / "metrics.jsonl")]
     assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.3  # seen: 0.19 at first, 0.85 at last

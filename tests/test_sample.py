@@ -1,5 +1,8 @@
 """The engine draws from the trainer's own distribution, whatever slot, batch, order or mesh computes an answer."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 
 from posttrain.data.pack import Example, Group, pack_groups, unpack
 from posttrain.model import config as configs
-from posttrain.model import sample, transformer
+from posttrain.model import decoding, sample, transformer
 from posttrain.model.processing import Sampling
 from posttrain.model.sample import Noise
 from posttrain.sharding import mesh as meshes
@@ -146,17 +149,17 @@ def test_the_stop_token_is_kept_and_a_cut_answer_says_so(answers):
 
 
 def test_other_prompt_lengths_and_numbers_of_a_bucket_compile_nothing(params, prompts, answers):
-    compiled = sample._admit._cache_size(), sample._decode._cache_size(), sample._start._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+    compiled = decoding.admit._cache_size(), decoding.decode._cache_size(), decoding.start._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
     generate(params, [prompt + [1] * (16 - len(prompt)) for prompt in prompts], noise=Noise(seed=3))
     generate(params, [*prompts[::-1], [5, 6, 7]])
-    assert (sample._admit._cache_size(), sample._decode._cache_size(), sample._start._cache_size()) == compiled  # pyright: ignore[reportAttributeAccessIssue]
+    assert (decoding.admit._cache_size(), decoding.decode._cache_size(), decoding.start._cache_size()) == compiled  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_the_cache_is_allocated_once_and_updated_in_place(params, prompts, monkeypatch):
-    starts, states, decode = [], [], sample._decode
-    start = sample._start
-    monkeypatch.setattr(sample, "_start", lambda *args: starts.append(start(*args)) or starts[-1])
-    monkeypatch.setattr(sample, "_decode", lambda *args: states.append(args[3]) or decode(*args))
+    starts, states, decode = [], [], decoding.decode
+    start = decoding.start
+    monkeypatch.setattr(decoding, "start", lambda *args: starts.append(start(*args)) or starts[-1])
+    monkeypatch.setattr(decoding, "decode", lambda *args: states.append(args[3]) or decode(*args))
     generate(params, prompts, slots=2)
     assert len(starts) == 1 and len(states) > 3
     assert all(leaf.is_deleted() for state in (*starts, *states) for leaf in jax.tree.leaves(state.cache))
@@ -166,17 +169,34 @@ def test_the_cache_is_allocated_once_and_updated_in_place(params, prompts, monke
 def test_eight_devices_say_what_one_says_with_the_cache_split_over_them(params, prompts, answers, split, monkeypatch):
     mesh = meshes.make_mesh(**{"fsdp": 1, **split})
     sharded = jax.device_put(params, transformer.shardings(CONFIG, mesh))
-    caches, decode = [], sample._decode
+    caches, decode = [], decoding.decode
 
     def look(*args):
         caches.append([(x.shape, x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(args[3].cache)])
         return decode(*args)
 
-    monkeypatch.setattr(sample, "_decode", look)
+    monkeypatch.setattr(decoding, "decode", look)
     same(generate(sharded, prompts, mesh=mesh), answers)
     tensor = split.get("tensor", 1)
     for whole, part in caches[0] + caches[-1]:
-        assert part == (whole[0], whole[1] * tensor // 8, whole[2] // tensor, *whole[3:])
+        assert part == (whole[0] * tensor // 8, whole[1] // tensor, *whole[2:])
+
+
+def test_no_device_is_sent_the_keys_of_prompts_that_others_computed():
+    mesh = meshes.make_mesh(fsdp=4, tensor=2)
+    sharded = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        transformer.abstract_params(CONFIG), transformer.shardings(CONFIG, mesh),
+    )  # fmt: skip
+    prefill = sample.programs(CONFIG, sharded, SAMPLING, slots=16, group=2, prompt_tokens=16, mesh=mesh)["prefill"]
+    with jax.set_mesh(mesh):
+        text = prefill.function.lower(*prefill.static, *prefill.arguments).compile().as_text()
+    sent = re.findall(r" = \w+\[([\d,]+)\]\S* all-(?:gather|to-all|reduce)\(", text)
+    shapes = [tuple(map(int, shape.split(","))) for shape in sent]
+    prompts, width = prefill.arguments[3].shape
+    assert any(math.prod(shape) > CONFIG.vocab_size for shape in shapes)  # it does find what devices exchange
+    keys = prompts * CONFIG.num_kv_heads * width * CONFIG.head_dim
+    assert max(map(math.prod, shapes)) < keys
 
 
 def test_errors_name_the_prompt_and_the_numbers(params):

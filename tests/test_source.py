@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 from collections import Counter
 from itertools import islice
 
@@ -224,3 +225,30 @@ def test_a_mixture_names_wrong_weights():
         mixture.Mixture({"a": [1]}, weights={"b": 1}, seed=0)
     with pytest.raises(ValueError, match="weight of 'a' is 0"):
         mixture.Mixture({"a": [1]}, weights={"a": 0}, seed=0)
+
+
+def test_a_cap_holds_small_sources_at_what_they_have_and_the_others_make_up_for_it():
+    weights, lengths = {"a": 0.5, "b": 0.3, "c": 0.2}, {"a": 10, "b": 1000, "c": 1000}
+    assert mixture.capped(weights, lengths, size=100, max_epochs=2) == {"a": 20, "b": 48, "c": 32}
+    assert mixture.capped(weights, lengths, size=20, max_epochs=2) == {"a": 10, "b": 6, "c": 4}
+    # Holding `a` sends more to `b`, which then is over its cap as well.
+    assert mixture.capped(weights, {"a": 10, "b": 25, "c": 99}, size=60, max_epochs=1) == {"a": 10, "b": 25, "c": 25}
+    with pytest.raises(ValueError, match="40 items are wanted, and 1.5 epochs of .* are 30: take fewer"):
+        mixture.capped({"a": 1}, {"a": 20}, size=40, max_epochs=1.5)
+
+
+def test_no_item_of_a_capped_mixture_comes_more_often_than_the_cap():
+    draw = random.Random(3)
+    for _ in range(60):
+        lengths = {name: draw.randint(1, 30) for name in "abcd"}
+        cap = draw.choice([1, 2, 3])
+        size = draw.randint(1, cap * sum(lengths.values()))
+        sources = {name: [f"{name}{i}" for i in range(length)] for name, length in lengths.items()}
+        weights = {name: draw.choice([0.1, 0.7, 1.0, 3.3]) for name in lengths}
+        found = mixture.Bounded(sources, weights=weights, size=size, max_epochs=cap)
+        counts = Counter(found[i] for i in range(len(found)))
+        assert max(counts.values()) <= cap and counts.total() == size
+        drawn = Counter(found[i][0] for i in range(size))
+        assert {name: drawn[name] / lengths[name] for name in lengths} == found.epochs
+        with pytest.raises(IndexError):
+            found[size]

@@ -16,36 +16,75 @@ from toy import Likes
 
 from posttrain import train
 from posttrain.data.conversations import Demonstrations, Files
+from posttrain.data.preferences import Rankings
 from posttrain.model.processing import Sampling
 from posttrain.sharding import mesh as meshes
 from posttrain.train import checkpoint, distill, evaluate, metrics, rl, sft, state
+from posttrain.train.answers import Local
+from posttrain.train.compare import Compare
 from posttrain.train.compute import Compute
 from posttrain.train.convert import Convert
-from posttrain.train.distill import Distill, FullVocabulary, SampledToken
-from posttrain.train.evaluate import Evaluate, wilson
+from posttrain.train.curate import BestAndWorst, Curate, Pair
+from posttrain.train.distill import Distill
+from posttrain.train.evaluate import Evaluate, OverSeeds, Score, over_seeds, wilson
+from posttrain.train.generate import Generate
 from posttrain.train.merge import Dare, Linear, Slerp, TaskArithmetic, Ties
+from posttrain.train.objective import Objective, UnbiasedKL
 from posttrain.train.optimizer import AdamW
-from posttrain.train.rl import RL, Objective
+from posttrain.train.ppo import PPO, Ptx
+from posttrain.train.prefer import KTO, Prefer
+from posttrain.train.reward import Reward
+from posttrain.train.rl import RL
 from posttrain.train.sft import SFT
+from posttrain.train.teaching import FullVocabulary, SampledToken, TopK
 
 COMPUTE = Compute(row_tokens=48, micro_rows=8, slots=8)
 SAMPLING = Sampling(max_tokens=4)
 TASKS = Likes(domain="north")
 SHARED = {"start": "tiny", "steps": 2, "compute": COMPUTE}
+RANKINGS = Rankings(paths=("absent.jsonl",))
 PAIR = {"models": ("tiny", "tiny")}
 STAGES = [
     SFT(data=Demonstrations(tasks=TASKS), batch_size=8, **SHARED),
-    RL(tasks=TASKS, sampling=SAMPLING, prompts=2, group=4, updates=2, objective=Objective(kl_weight=0.1), **SHARED),
+    RL(
+        tasks=TASKS,
+        sampling=SAMPLING,
+        prompts=2,
+        group=4,
+        updates=2,
+        objective=Objective(kl=UnbiasedKL(weight=0.1)),
+        **SHARED,
+    ),
     Distill(teachers={"north": "tiny"}, tasks=TASKS, sampling=SAMPLING, objective=FullVocabulary(), **SHARED),
     Distill(teachers={"north": "tiny"}, tasks=TASKS, sampling=SAMPLING, objective=SampledToken(), **SHARED),
+    Distill(
+        teachers={"north": "tiny"},
+        tasks=TASKS,
+        sampling=SAMPLING,
+        objective=TopK(k=4),
+        weights={"north": 2.0},
+        on_policy=0.5,
+        **SHARED,
+    ),
     Evaluate(model="tiny", tasks=(TASKS,), sampling=SAMPLING, compute=COMPUTE),
+    Prefer(data=RANKINGS, batch_size=8, **SHARED),
+    Prefer(data=RANKINGS, objective=KTO(), **SHARED),
+    Reward(data=RANKINGS, demonstrations=Demonstrations(tasks=TASKS), **SHARED),
+    PPO(tasks=TASKS, sampling=SAMPLING, prompts=4, minibatches=2, ptx=Ptx(data=Demonstrations(tasks=TASKS)), **SHARED),
+    Compare(models=("tiny",), tasks=TASKS, sampling=SAMPLING, compute=COMPUTE),
     Convert(source="tiny"),
     Linear(**PAIR),
     Slerp(**PAIR, base="tiny"),
     TaskArithmetic(**PAIR, base="tiny"),
     Ties(**PAIR, base="tiny"),
     Dare(**PAIR, base="tiny"),
+    Generate(prompts=(TASKS,), teachers={"*": Local(model="tiny")}, sampling=SAMPLING, compute=COMPUTE),
+    Curate(rows=("generated",), filters=()),
+    Pair(rows=("generated",), pairing=BestAndWorst()),
+    OverSeeds(evaluations=("eval",)),
 ]
+HOST_ONLY = (Convert, Curate, Pair, OverSeeds)
+MAKE_NO_MODEL = (Compare, Evaluate, Generate, Curate, Pair, OverSeeds)
 
 
 def one_device():
@@ -56,7 +95,7 @@ def one_device():
 def test_planned_programs_lower_on_eight_devices(stage):
     mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
     planned = stage.programs(mesh)
-    assert bool(planned) != isinstance(stage, Convert)
+    assert bool(planned) != isinstance(stage, HOST_ONLY)
     with jax.set_mesh(mesh):
         for name, program in planned.items():
             assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(program.arguments)), name
@@ -65,7 +104,8 @@ def test_planned_programs_lower_on_eight_devices(stage):
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: type(stage).__name__)
 def test_a_stage_says_which_model_it_makes(stage):
-    assert stage.result() == (None if isinstance(stage, Evaluate) else checkpoint.open_config("tiny"))
+    made = checkpoint.open_config("tiny").replace(output="score" if isinstance(stage, Reward) else "logits")
+    assert stage.result() == (None if isinstance(stage, MAKE_NO_MODEL) else made)
 
 
 def test_the_calls_of_a_stage_follow_from_its_settings():
@@ -74,6 +114,7 @@ def test_the_calls_of_a_stage_follow_from_its_settings():
         "gradients": 2 * 2 * 1,  # steps, updates; four answers of a prompt and at most 48 tokens in micro-batches of 8
         "update": 2 * 2,
         "score": 2 * 2 * 2,  # by the policy before its updates and by the reference
+        "decoder": 2,
         "prefill": 2,
         "decode": 2,  # 2 prompts x 4 answers fill the 8 slots once a step
     }
@@ -206,3 +247,19 @@ def test_wilsons_interval_has_the_numbers_worked_out_by_hand():
     np.testing.assert_allclose(wilson([0.0] * 4)[:3], (0.0, 0.0, 1.959964**2 / (4 + 1.959964**2)), atol=1e-12)
     wide, narrow = wilson([1.0, 0.0]), wilson([1.0, 0.0] * 500)
     assert wide.high - wide.low > 0.8 and narrow.high - narrow.low < 0.07
+
+
+def test_the_interval_over_seeds_is_students_worked_out_by_hand(tmp_path):
+    # Means 0.5, 0.6, 0.7: standard deviation 0.1, half = 4.3027 x 0.1 / sqrt(3).
+    found = over_seeds([Score(mean, 0.0, 1.0, 10) for mean in (0.5, 0.6, 0.7)])
+    np.testing.assert_allclose(found, (0.6, 0.6 - 0.24842, 0.6 + 0.24842, 30), atol=1e-4)
+    assert over_seeds([Score(1.0, 0.9, 1.0, 5)] * 2) == (1.0, 1.0, 1.0, 10)
+    assert over_seeds([Score(0.4, 0.3, 0.5, 5)]) == Score(0.4, 0.3, 0.5, 5)
+    with pytest.raises(ValueError, match="over 1 to 10 seeds, not 11"):
+        over_seeds([Score(0.4, 0.3, 0.5, 5)] * 11)
+    for name, mean in (("a", 0.5), ("b", 0.7)):
+        (tmp_path / name).mkdir()
+        scores = {"sums": {"mean": mean, "low": 0, "high": 1, "n": 4}}
+        (tmp_path / name / "scores.json").write_text(json.dumps(scores))
+    OverSeeds(evaluations=(str(tmp_path / "a"), str(tmp_path / "b"))).train(tmp_path)
+    assert evaluate.read(tmp_path)["sums"].mean == pytest.approx(0.6)

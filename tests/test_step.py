@@ -13,7 +13,8 @@ from posttrain.data.pack import Example, Group, pack_groups
 from posttrain.model import config as configs
 from posttrain.model import transformer
 from posttrain.sharding import mesh as meshes
-from posttrain.train import checkpoint, distill, rl, sft, state, step
+from posttrain.train import checkpoint, rl, sft, state, step, teaching
+from posttrain.train.objective import UnbiasedKL
 from posttrain.train.optimizer import AdamW
 from posttrain.train.updater import Updater, micro_batches
 
@@ -26,9 +27,9 @@ ADAM = AdamW(learning_rate=1e-2, eps=1e-4).build(3)
 FIELDS = ("advantage", "behavior_logp", "old_logp", "reference_logp", "teacher_logp")
 LOSSES = {
     "sft": sft.loss(CONFIG),
-    "rl": rl.loss(CONFIG, rl.Objective(kl_weight=0.1)),
-    "sampled": distill.SampledToken(outcome=0.3).loss(CONFIG),
-    "full": distill.FullVocabulary(chunk=24, outcome=0.3).loss(CONFIG),
+    "rl": rl.loss(CONFIG, rl.Objective(kl=UnbiasedKL(weight=0.1))),
+    "sampled": teaching.SampledToken(outcome=0.3).loss(CONFIG),
+    "full": teaching.FullVocabulary(chunk=24, outcome=0.3).loss(CONFIG),
 }
 SPLITS = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -72,7 +73,7 @@ def close(left, right, atol):
 
 
 def constants(name, mesh):
-    return distill.FullVocabulary().constants(initial(mesh, seed=9)) if name == "full" else ()
+    return teaching.FullVocabulary().constants(initial(mesh, seed=9)) if name == "full" else ()
 
 
 def three_steps(name, split, batch):
@@ -191,8 +192,9 @@ def test_the_state_is_made_sharded_and_no_device_holds_a_whole_matrix():
     assert len(matrices) >= 3 * 8
     for leaf in matrices:
         norm = leaf.shape == (2, 128)  # the layers' norms are replicated
+        parts = 2 if model.config.vocab_size in leaf.shape else 4  # a vocabulary of 267 does not split over tensor
         held = {shard.data.size for shard in leaf.addressable_shards}
-        assert held == {leaf.size if norm else leaf.size // 4}, leaf.shape
+        assert held == {leaf.size if norm else leaf.size // parts}, leaf.shape
     abstract = state.abstract(model.config, optimizer, mesh)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding), now, abstract)
     assert all(jax.tree.leaves(same))

@@ -115,6 +115,17 @@ def test_workers_import_no_heavy_library_that_the_task_does_not_need(monkeypatch
     assert "SOME_API_KEY" not in environment.reason and "PATH" in environment.reason
 
 
+def test_neither_tasks_nor_verifiers_import_what_takes_a_worker_seconds():
+    root = Path(__file__).parent.parent / "data"
+    modules = ["tasks", "jsonl_tasks", *(f"verify.{file.stem}" for file in (root / "verify").glob("*.py"))]
+    program = (
+        f"import importlib, sys\nfor name in {modules}: importlib.import_module(f'posttrain.data.{{name}}')\n"
+        "print(*{'jax', 'flax', 'grain', 'pyarrow', 'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == []
+
+
 def test_a_tower_of_powers_is_a_timeout():
     from posttrain.data.verify.symbolic import MathVerify  # heavy: not for the workers of the other tests
 

@@ -197,6 +197,25 @@ def test_no_choice_and_several_choices_earn_nothing(response, answer):
     assert score(Choice(), answer, response) == 0.0
 
 
+@pytest.mark.parametrize(
+    "question, answer, echo",
+    [
+        ("Evaluate $\\log_2 64$.", "6", "It is $\\log_2 64$."),
+        ("Write $\\frac{6}{8}$ in lowest terms.", "\\frac34", "\\boxed{\\frac{6}{8}}"),
+        ("What is 12 + 30?", "42", "The answer is 12 + 30."),
+        ("Factor $7x^2-63$.", "7(x+3)(x-3)", "$7x^2 - 63$"),
+    ],
+)
+def test_the_expression_that_is_to_be_worked_out_is_no_answer(question, answer, echo):
+    task = build_task("test", prompt_messages(question), MathVerify(), answer=answer)
+    assert task.verifier(task, f"\\boxed{{{answer}}}").score == 1.0
+    assert task.verifier(task, echo) == (0.0, "repeats an expression of the question")
+    larger = build_task(
+        "test", prompt_messages("Which is larger, $2^{10}$ or $10^2$?"), MathVerify(), answer="$2^{10}$"
+    )
+    assert larger.verifier(larger, "$2^{10}$").score == 1.0
+
+
 def test_exact_text_forgives_case_spacing_quotes_and_a_period():
     assert score(ExactText(), "New York", ' "new  york". ') == 1.0
     assert score(ExactText(), "New York", "New York City") == 0.0

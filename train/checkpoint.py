@@ -26,7 +26,6 @@ from ..model.config import ModelConfig
 from ..sharding import hosts
 from . import bucket
 from . import state as states
-from .step import State
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when a write does not fit: no space, over quota, over the largest file allowed."""
@@ -64,7 +63,7 @@ class Checkpoints:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: State, cursor: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: Any, cursor: Mapping[str, Any]) -> None:
         """Start writing; returns once the arrays are copied. A step that is there already is left alone."""
         if step == self.latest():
             return
@@ -73,7 +72,7 @@ class Checkpoints:
             bucket.publish()
             self._manager.save(step, args=args)
 
-    def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
+    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """The state of a step, laid out as `abstract` says (any mesh will do), and its cursor."""
         restore = ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
         with _explained(self.folder):

@@ -96,6 +96,58 @@ class Evaluate:
         return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class OverSeeds:
+    """The mean of the scores of several `Evaluate` stages, one a seed, with a 95% interval by Student's t.
+
+    The interval is that of the mean over seeds on these very tasks: it says nothing of other tasks.
+    """
+
+    evaluations: tuple[str, ...]
+
+    def train(self, out: Path, mesh: jax.sharding.Mesh | None = None) -> None:
+        """Write `out`/scores.json, in which n counts the answers of all seeds."""
+        found = [read(Path(one)) for one in self.evaluations]
+        scores = {domain: over_seeds([one[domain] for one in found]) for domain in found[0]}
+        text = json.dumps({domain: score._asdict() for domain, score in scores.items()}, indent=2)
+        (out / "scores.json").write_text(text + "\n")
+
+    def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
+        """Nothing is compiled."""
+        return {}
+
+    def result(self) -> None:
+        """It makes no model."""
+        return None
+
+
+T_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+"""The 97.5% point of Student's t with 1 to 9 degrees of freedom."""
+
+
+def over_seeds(scores: Sequence[Score]) -> Score:
+    """Mean over up to ten seeds with its 95% interval by Student's t, cut to [0, 1]; of one seed, its own score."""
+    if len(scores) == 1:
+        return scores[0]
+    mean, half = mean_over_seeds([score.mean for score in scores])
+    return Score(mean, max(0.0, mean - half), min(1.0, mean + half), sum(score.n for score in scores))
+
+
+def mean_over_seeds(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of one number per seed, and half of its 95% interval by Student's t; infinite for a single seed.
+
+    Raises:
+        ValueError: for more than ten seeds, or none.
+    """
+    if not 1 <= len(values) <= len(T_95) + 1:
+        raise ValueError(f"the interval is over 1 to {len(T_95) + 1} seeds, not {len(values)}")
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, math.inf
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, T_95[len(values) - 2] * math.sqrt(variance / len(values))
+
+
 def read(stage: Path) -> dict[str, Score]:
     """The scores that an `Evaluate` stage wrote, by domain."""
     found = json.loads((stage / "scores.json").read_text())

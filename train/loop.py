@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -14,16 +14,50 @@ from ..sharding import hosts
 from . import checkpoint, profile, stop, watchdog
 from . import state as states
 from .checkpoint import Checkpoints
+from .compute import Compute
 from .metrics import Log
-from .step import State
+from .optimizer import average_of
 from .stop import Interrupted, check_stop
 
 Cursor = dict[str, Any]
 _Line = tuple[int, Mapping[str, Any], dict[str, float]]
-Iterate = Callable[[State, Cursor, Log], tuple[State, Cursor, Mapping[str, Any]]]
+Iterate = Callable[[Any, Cursor, Log], tuple[Any, Cursor, Mapping[str, Any]]]
+Validate = Callable[[Any, Cursor, Log, bool], Cursor]
+"""`validate(state, cursor, log, is_last) -> cursor`, where all is safe to interrupt."""
 
 PACE_STEPS = 10
 """How often hosts compare their seconds, in steps."""
+
+
+class Trained(NamedTuple):
+    """What a loop trains: a state, made or described for restoring, and how the result is stored in a stage's folder.
+
+    For a language model it is a `State`; a stage that trains several models may have any tree of arrays.
+    """
+
+    create: Callable[[], Any]
+    abstract: Callable[[], Any]
+    store: Callable[[Path, Any], None]
+
+
+def language_model(start: str, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> Trained:
+    """The model at `start`, opened only if there is no checkpoint; the result is in model/.
+
+    Where the optimizer keeps an average of the weights, that is stored too, in ema/model.
+    """
+    config = checkpoint.open_config(start)
+
+    def store(out: Path, state: Any) -> None:
+        tokenizer, average = checkpoint.open_tokenizer(start), average_of(state.opt_state)
+        if average is not None:
+            checkpoint.save_model(out / "ema" / "model", checkpoint.Model(config, average, tokenizer))
+        checkpoint.save_model(out / "model", checkpoint.Model(config, state.params, tokenizer))
+
+    return Trained(
+        create=lambda: states.create(checkpoint.open_model(start, mesh).params, optimizer, mesh),
+        abstract=lambda: states.abstract(config, optimizer, mesh),
+        store=store,
+    )
 
 
 def run(
@@ -32,48 +66,59 @@ def run(
     start: str,
     steps: int,
     optimizer: optax.GradientTransformation,
-    save_every: int,
+    compute: Compute,
     mesh: jax.sharding.Mesh,
     iterate: Iterate,
-    keep: int = 2,
-    keep_every: int = 0,
+    validate: Validate | None = None,
 ) -> None:
-    """Train a model until `steps` iterations are done, from the newest checkpoint if there is one; store the result.
+    """Train the model at `start` until `steps` iterations are done; the result is in `out`/model. See `train`."""
+    model = language_model(start, optimizer, mesh)
+    train(out, model, steps=steps, compute=compute, iterate=iterate, validate=validate)
+
+
+def train(
+    out: Path,
+    trained: Trained,
+    *,
+    steps: int,
+    compute: Compute,
+    iterate: Iterate,
+    validate: Validate | None = None,
+) -> None:
+    """Iterate until `steps` iterations are done, from the newest checkpoint if there is one; store the result.
 
     Args:
-        out: the stage's folder; the model is then in `out`/model.
-        start: the model to train, opened only if there is no checkpoint.
+        out: the stage's folder.
+        trained: what is trained.
         steps: iterations in all.
-        optimizer: an optax transformation.
-        save_every: iterations between checkpoints. After the last one the finished model is stored instead.
-        mesh: where the state lies.
+        compute: says how often checkpoints are written, and which are kept. After the last iteration the finished model
+            is stored instead.
         iterate: one iteration: (state, cursor, log) -> (state, cursor, metrics). It may donate the state, but only once
             nothing can interrupt it any more. `cursor["iteration"]` counts what is done.
-        keep: how many of the newest checkpoints are kept.
-        keep_every: checkpoints of multiples of this are kept beside them; 0 for none.
+        validate: called before each iteration and after the last; the run ends where its cursor says "stopped".
 
     Raises:
         Interrupted: after a signal to any host, with everything that was done saved.
     """
-    config = checkpoint.open_config(start)
-    checkpoints = Checkpoints(out / "checkpoints", keep=keep, keep_every=keep_every)
+    checkpoints = Checkpoints(out / "checkpoints", keep=compute.keep, keep_every=compute.keep_every)
     done = checkpoints.latest() or 0
     watchdog.beat("opening the model", warm=False)
     stop.set_lossless(True)
     with contextlib.closing(checkpoints), Log(out, title=out.name, total=steps, start=done) as log:
         with log.phase(log.opening):
             if done:
-                state, cursor = checkpoints.restore(done, states.abstract(config, optimizer, mesh))
+                state, cursor = checkpoints.restore(done, trained.abstract())
             else:
-                state, cursor = (
-                    states.create(checkpoint.open_model(start, mesh).params, optimizer, mesh),
-                    {"iteration": 0},
-                )
+                state, cursor = trained.create(), {"iteration": 0}
         waiting: list[_Line] = []
-        while cursor["iteration"] < steps:
+        while True:
             step = cursor["iteration"] + 1
             try:
                 check_stop()
+                if validate is not None:
+                    cursor = validate(state, cursor, log, step > steps)
+                if step > steps or cursor.get("stopped"):
+                    break
                 with profile.around(out, step):
                     state, cursor, metrics = iterate(state, cursor, log)
             except Interrupted:
@@ -91,7 +136,7 @@ def run(
             waiting.append((step, metrics, log.lap()))
             if step % PACE_STEPS == 0:
                 _compare_pace(out, step, log)
-            if step % save_every == 0 and step < steps:
+            if step % compute.save_every == 0 and step < steps:
                 # The line comes before the checkpoint: a run that goes on from step n must find the line of step n.
                 _write(log, waiting)
                 with log.phase("checkpoint"):
@@ -100,8 +145,7 @@ def run(
         _write(log, waiting)
         with log.phase("checkpoint"):
             checkpoints.wait()
-            tokenizer = checkpoint.open_tokenizer(start)
-            checkpoint.save_model(out / "model", checkpoint.Model(config, state.params, tokenizer))
+            trained.store(out, state)
 
 
 def _write(log: Log, waiting: list[_Line]) -> None:

@@ -48,17 +48,18 @@ class Program:
 
 Programs = dict[str, Program]
 
-_KINDS = {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32, "positions": jnp.int32}
+_INTEGERS = ("tokens", "targets", "segments", "positions", "age", "teacher_tokens")
+_KINDS = {**dict.fromkeys(_INTEGERS, jnp.int32), "kept": jnp.uint8}
 
 
 def abstract_batch(
     compute: Compute, mesh: jax.sharding.Mesh, fields: Mapping[str, tuple[int, ...]] | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a micro-batch on a mesh; `fields` are further float32 ones, with what follows [B, T] of their shape."""
+    """Shapes of a micro-batch on a mesh; `fields` are further ones, with what follows [B, T] of their shape."""
     shape = (compute.rows(mesh), compute.row_tokens)
     batch = {name: jax.ShapeDtypeStruct(shape, _KINDS.get(name, jnp.float32)) for name in FIELDS}
     for name, rest in (fields or {}).items():
-        batch[name] = jax.ShapeDtypeStruct((*shape, *rest), jnp.float32)
+        batch[name] = jax.ShapeDtypeStruct((*shape, *rest), _KINDS.get(name, jnp.float32))
     where = meshes.batch_shardings(batch, mesh)
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[name]) for name, x in batch.items()}
 
@@ -115,7 +116,7 @@ def generation(
     times: int = 1,
     resident: Any = (),
 ) -> Programs:
-    """Prefill and decoding of full slots, with prompts as long as a row leaves room for.
+    """Weights laid out for decoding, prefill and decoding of full slots, with prompts as long as a row leaves room for.
 
     Args:
         config: of the model that answers.
@@ -129,22 +130,24 @@ def generation(
     """
     prompt_tokens = max(1, compute.row_tokens - sampling.max_tokens)
     sizes = {"slots": compute.slots, "group": group, "prompt_tokens": prompt_tokens}
-    calls = sample.programs(config, states.abstract_params(config, mesh), sampling, **sizes, mesh=mesh)
+    params = states.abstract_params(config, mesh)
+    calls = sample.programs(config, params, sampling, **sizes, mesh=mesh)
+    prompts, together = calls["prefill"].arguments[-1].shape
     slots = calls["decode"].arguments[1].token.size
     waves = times * -(-answers // slots)
-    held = min(slots, answers)
-    return {
-        "prefill": Program(
-            **calls["prefill"]._asdict(),
-            calls=waves,
-            tokens=held // min(group, held) * prompt_tokens,
-            resident=resident,
-        ),
-        "decode": Program(
-            **calls["decode"]._asdict(),
-            calls=waves,
-            tokens=held * sampling.max_tokens,
-            trips=sampling.max_tokens,
-            resident=resident,
-        ),
+    prefills = -(-min(slots, answers) // (prompts * together))
+    shared = {
+        "decoder": {"calls": times},
+        "prefill": {
+            "calls": waves * prefills,
+            "tokens": -(-min(slots, answers) // together) * prompt_tokens // prefills,
+            "resident": (resident, calls["decode"].arguments[0]),
+        },
+        "decode": {
+            "calls": waves,
+            "tokens": min(slots, answers) * sampling.max_tokens,
+            "trips": sampling.max_tokens,
+            "resident": (resident, params),
+        },
     }
+    return {name: Program(**one._asdict(), **{"resident": resident, **shared[name]}) for name, one in calls.items()}

@@ -1,16 +1,21 @@
 """Rollouts: sample answers to tasks, have them judged, keep the very tokens that were sampled."""
 
+import dataclasses
 import json
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from ..data import chat
 from ..data.pack import Example, Group, pack_groups
 from ..data.task import Task, Verdict
+from ..data.tokenizer import Tokenizer
 from ..data.verify.pool import VerifierPool
 from ..model import sample
 from ..model.processing import Sampling
@@ -28,7 +33,8 @@ class Rollout:
     """One answer to a task, token in, token out: text is never tokenised again.
 
     `logp` is the sampler's log-probability per token of `tokens`; `finish` is "stop" or "length" (cut, not finished);
-    `version` counts the updates of the policy that sampled.
+    `version` counts the updates of the policy that sampled; `kept`, if asked for, says which tokens could be drawn
+    (uint8 [N, ceil(V / 8)]). `verdict` is the verifier's score where something else gave the reward.
     """
 
     task: Task
@@ -39,47 +45,69 @@ class Rollout:
     reason: str
     finish: str
     version: int
+    kept: np.ndarray | None = None
+    verdict: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Samples and judges for one stage: sampling settings, slots, mesh, verifiers, log. A stop ends it midway."""
+    """Samples and judges for one stage: sampling settings, slots, mesh, verifiers, log. A stop ends it midway.
+
+    `return_kept` asks for the tokens that could be drawn, V / 8 bytes for each that was. With `score`, (model, groups)
+    -> rewards [N] of all answers, these take the place of the verdicts (see `rewards`).
+    """
 
     sampling: Sampling
     slots: int
     mesh: jax.sharding.Mesh
     pool: VerifierPool
     log: Log
+    return_kept: bool = False
+    score: Callable[[Model, list[list[Rollout]]], np.ndarray] | None = None
 
     def rollouts(
         self, model: Model, tasks: Sequence[Task], *, num_samples: int, noise: sample.Noise, version: int = 0
     ) -> list[list[Rollout]]:
         """`num_samples` judged answers to each task."""
-        prompts = [chat.render(model.tokenizer, task.messages, add_generation_prompt=True) for task in tasks]
-        sampling = with_stops(self.sampling, model)
-        with self.log.phase("rollout"):
-            answers = sample.generate(
-                model.config,
-                model.params,
-                prompts,
-                num_samples=num_samples,
-                sampling=sampling,
-                noise=noise,
-                slots=self.slots,
-                mesh=self.mesh,
-                on_finish=lambda _: check_stop(),
-            )
-        flat = [(task, answer) for task, group in zip(tasks, answers, strict=True) for answer in group]
+        generated = self.generations(model, tasks, num_samples=num_samples, noise=noise)
+        flat = [(task, one) for task, (_, group) in zip(tasks, generated, strict=True) for one in group]
         with self.log.phase("verify"):
             mine = hosts.share(flat)  # each host's workers judge their part of the answers
             texts = [model.tokenizer.decode(answer.tokens.tolist(), skip_special=True) for _, answer in mine]
             judged = self.pool.judge([task for task, _ in mine], texts)
         with self.log.phase("sync"):
             verdicts = (Verdict(*fields) for fields in hosts.together(judged))
-        return [
+        groups = [
             [self._rollout(task, prompt, answer, next(verdicts), version) for answer in group]
-            for task, prompt, group in zip(tasks, prompts, answers, strict=True)
+            for task, (prompt, group) in zip(tasks, generated, strict=True)
         ]
+        if self.score is None:
+            return groups
+        with self.log.phase("reward"):
+            return rewarded(groups, self.score(model, groups))
+
+    def generations(
+        self, model: Model, tasks: Sequence[Task], *, num_samples: int, noise: sample.Noise
+    ) -> list[tuple[list[int], list[sample.Generation]]]:
+        """The prompt of each task and `num_samples` answers to it, not judged."""
+        prompts = [
+            chat.render(model.tokenizer, task.messages, add_generation_prompt=True, tools=task.metadata.get("tools"))
+            for task in tasks
+        ]
+        with self.log.phase("rollout"):
+            answers = sample.generate(
+                model.config,
+                model.params,
+                prompts,
+                num_samples=num_samples,
+                sampling=with_stops(self.sampling, model),
+                noise=noise,
+                slots=self.slots,
+                mesh=self.mesh,
+                return_kept=self.return_kept,
+                on_finish=lambda _: check_stop(),
+            )
+        return list(zip(prompts, answers, strict=True))
 
     def _rollout(self, task, prompt, answer, verdict, version) -> Rollout:
         return Rollout(
@@ -91,7 +119,35 @@ class Sampler:
             reason=verdict.reason,
             finish=answer.finish,
             version=version,
+            kept=answer.kept,
         )
+
+
+def retold(rollouts: Sequence[Rollout], speaker: Tokenizer, listener: Tokenizer) -> list[Rollout]:
+    """Answers of a model with another tokenizer, as a model with the `listener`'s learns them: through their text.
+
+    They are rendered as the training text of a conversation is, with its end of turn if they came to one. Their
+    log-probabilities, which are of other tokens, become 0. With the same tokenizer nothing is changed.
+    """
+    if speaker.fingerprint == listener.fingerprint:
+        return list(rollouts)
+    messages, tools = rollouts[0].task.messages, rollouts[0].task.metadata.get("tools")
+    prompt = chat.render(listener, messages, add_generation_prompt=True, tools=tools)
+
+    def heard(one: Rollout) -> Rollout:
+        text = speaker.decode(one.tokens.tolist(), skip_special=True)
+        tokens, mask = chat.render_with_mask(listener, (*messages, {"role": "assistant", "content": text}), tools=tools)
+        stop = len(mask) - mask[::-1].index(1) - (one.finish == "length")
+        answer = np.asarray(tokens[len(prompt) : max(stop, len(prompt) + 1)])
+        return dataclasses.replace(one, prompt=prompt, tokens=answer, logp=np.zeros(len(answer), np.float32))
+
+    return [heard(one) for one in rollouts]
+
+
+def rewarded(groups: Sequence[Sequence[Rollout]], rewards: np.ndarray) -> list[list[Rollout]]:
+    """The rollouts with these rewards [N] in the place of their verdicts'."""
+    values = iter(rewards.tolist())
+    return [[dataclasses.replace(r, reward=next(values), verdict=r.reward) for r in group] for group in groups]
 
 
 def with_stops(sampling: Sampling, model: Model) -> Sampling:
@@ -113,20 +169,40 @@ def group(rollouts: Sequence[Rollout], **fields: Sequence[float] | Sequence[np.n
     return Group(prompt=rollouts[0].prompt, answers=answers)
 
 
-_centered = jax.jit(advantage.group_centered)
+def centered(rewards: Float[Array, "P G"], num_tokens: Int[Array, "P G"]) -> Float[Array, "P G"]:
+    """Reward minus the group's mean, whatever the answers' lengths."""
+    return advantage.group_centered(rewards)
+
+
+_advantages = jax.jit(lambda compare, rewards, num_tokens: compare(rewards, num_tokens), static_argnums=0)
 
 
 def micro_batches(
-    groups: Sequence[Sequence[Rollout]], compute: Compute, mesh: jax.sharding.Mesh
+    groups: Sequence[Sequence[Rollout]],
+    compute: Compute,
+    mesh: jax.sharding.Mesh,
+    *,
+    compare: Callable[[Array, Array], Array] = centered,
+    fields: Mapping[str, Callable[[Rollout], Any]] = types.MappingProxyType({}),
 ) -> list[dict[str, jax.Array]]:
-    """The groups packed, each prompt once, with the sampler's log-probs and the group-centred advantages."""
-    # A group at a time: their number changes from step to step, and a program is compiled for each shape.
-    advantages = [_centered(np.array([[r.reward for r in one]], np.float32))[0] for one in groups]
-    packed = pack_groups(
-        [group(one, advantage=np.asarray(values)) for one, values in zip(groups, advantages, strict=True)],
-        length=compute.row_tokens,
-        fields=("advantage", "behavior_logp"),
-    )
+    """The groups packed, each prompt once, with the sampler's log-probs and the advantages of the answers.
+
+    Args:
+        groups: answers to each prompt.
+        compute: of the stage.
+        mesh: where they go.
+        compare: rewards and lengths of groups, [P, G] each, to advantages.
+        fields: further values to carry, by name: a number, or an array with one entry per token, of each answer.
+    """
+    packed_groups = []
+    for one in groups:
+        # A group at a time: their number changes from step to step, and a program is compiled for each shape.
+        rewards = np.array([[r.reward for r in one]], np.float32)
+        lengths = np.array([[len(r.tokens) for r in one]], np.int32)
+        further = {name: [value(r) for r in one] for name, value in fields.items()}
+        packed_groups.append(group(one, advantage=np.asarray(_advantages(compare, rewards, lengths)[0]), **further))
+    names = ("advantage", "behavior_logp", *fields)
+    packed = pack_groups(packed_groups, length=compute.row_tokens, fields=names)
     return updater.micro_batches(packed.batch, compute.rows(mesh), mesh)
 
 
@@ -145,6 +221,8 @@ def statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         "response_tokens": float(np.mean([len(r.tokens) for r in flat])),
         "truncated": float(np.mean([r.finish == "length" for r in flat])),
     }
+    if verdicts := [r.verdict for r in flat if r.verdict is not None]:
+        numbers["verdict"] = float(np.mean(verdicts))
     for domain in sorted({r.task.domain for r in flat}):
         numbers[f"reward/{domain}"] = float(np.mean([r.reward for r in flat if r.task.domain == domain]))
     return numbers

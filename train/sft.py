@@ -1,5 +1,6 @@
 """Supervised fine-tuning: raise the log-probability of the assistant's tokens in given conversations."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +11,12 @@ import optax
 
 from ..data import chat
 from ..data.batch import Batch
-from ..data.conversations import Demonstrations, Files
+from ..data.chat import Conversation, WithTools
+from ..data.conversations import Conversations
 from ..data.pack import Example, pack
 from ..data.shuffle import Shuffled
-from ..data.task import Message
 from ..data.tokenizer import Tokenizer
+from ..data.verify.pool import VerifierPool
 from ..model import transformer
 from ..model.config import ModelConfig
 from ..sharding import hosts
@@ -23,9 +25,10 @@ from . import checkpoint, loop, programs
 from .compute import Compute
 from .losses import masked, supervised
 from .metrics import Log
-from .optimizer import AdamW
+from .optimizer import AdamW, Optimizer
 from .step import Loss, State, make_train_step
 from .updater import Updater, micro_batches
+from .validation import Validation
 
 
 def loss(config: ModelConfig) -> Loss:
@@ -46,7 +49,7 @@ def train_step(config: ModelConfig, optimizer: optax.GradientTransformation, *, 
     return make_train_step(loss(config), optimizer, accumulate=accumulate)
 
 
-def batch(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], *, length: int) -> Batch:
+def batch(tokenizer: Tokenizer, conversations: Sequence[Conversation], *, length: int) -> Batch:
     """Conversations rendered, masked to the assistant's turns, and packed into rows of `length` tokens.
 
     Raises:
@@ -55,13 +58,14 @@ def batch(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], *, l
     return pack([example(tokenizer, one, length=length) for one in conversations], length=length).batch
 
 
-def example(tokenizer: Tokenizer, conversation: Sequence[Message], *, length: int) -> Example:
+def example(tokenizer: Tokenizer, conversation: Conversation, *, length: int) -> Example:
     """A conversation rendered and masked; for errors see `batch`."""
-    tokens, mask = chat.render_with_mask(tokenizer, conversation)
+    messages, tools = conversation if isinstance(conversation, WithTools) else (conversation, None)
+    tokens, mask = chat.render_with_mask(tokenizer, messages, tools=tools)
     if len(tokens) > length:
         raise ValueError(
             f"a conversation has {len(tokens)} tokens and a row {length}: raise row_tokens or leave it out; "
-            f"it begins {str(conversation[0]['content'])[:60]!r}"
+            f"it begins {str(messages[0]['content'])[:60]!r}"
         )
     return Example(tokens=tokens, mask=mask)
 
@@ -71,11 +75,13 @@ class SFT:
     """Fine-tune `start` on conversations, `batch_size` of them a step."""
 
     start: str
-    data: Files | Demonstrations
+    data: Conversations
     steps: int
     batch_size: int = 32
-    optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=1e-5, schedule="cosine", final=0.1))
+    optimizer: Optimizer = field(default_factory=lambda: AdamW(learning_rate=1e-5, schedule="cosine", final=0.1))
     compute: Compute = field(default_factory=Compute)
+    validation: Validation | None = None
+    verifiers: int = 1
     seed: int = 0
 
     def train(self, out: Path, mesh: jax.sharding.Mesh | None = None) -> None:
@@ -100,24 +106,32 @@ class SFT:
                 state, metrics = updater.step(state, micro_batches(rows, self.compute.rows(mesh), mesh))
             return state, cursor, metrics
 
-        loop.run(
-            out,
-            start=self.start,
-            steps=self.steps,
-            optimizer=optimizer,
-            save_every=self.compute.save_every,
-            keep=self.compute.keep,
-            keep_every=self.compute.keep_every,
-            mesh=mesh,
-            iterate=iterate,
-        )
+        with contextlib.ExitStack() as stack:
+            validate = None
+            if self.validation:
+                pool = stack.enter_context(VerifierPool(self.verifiers))
+                validate = self.validation.start(out, self.start, self.compute, mesh, pool)
+            loop.run(
+                out,
+                start=self.start,
+                steps=self.steps,
+                optimizer=optimizer,
+                compute=self.compute,
+                mesh=mesh,
+                iterate=iterate,
+                validate=validate,
+            )
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
         """The compiled programs of this stage; every conversation fills a row."""
         config = self.compute.configure(checkpoint.open_config(self.start))
         optimizer, batch = self.optimizer.build(self.steps), programs.abstract_batch(self.compute, mesh)
         tokens = self.batch_size * self.compute.row_tokens
-        return programs.training(loss(config), config, optimizer, batch, mesh, updates=self.steps, tokens=tokens)
+        named = programs.training(loss(config), config, optimizer, batch, mesh, updates=self.steps, tokens=tokens)
+        if self.validation:
+            beside = named["gradients"].resident
+            named |= self.validation.programs(config, self.compute, mesh, steps=self.steps, resident=beside)
+        return named
 
     def result(self) -> ModelConfig:
         """The shape of the model that the stage makes."""

@@ -44,11 +44,15 @@ def abstract_params(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _opt_shardings(params: Any, params_at: Any, optimizer: optax.GradientTransformation, mesh: Any) -> Any:
-    shapes = jax.eval_shape(optimizer.init, params)
-    return optax.tree_map_params(
-        optimizer,
-        lambda _, at: at,
-        shapes,
-        params_at,
-        transform_non_params=lambda _: meshes.replicated(mesh),
-    )
+    """What has a parameter's name and shape lies like it; the rest (counts, factored moments) is everywhere.
+
+    Names rather than `optax.tree_map_params`, which cannot see that a factored moment has another shape.
+    """
+    known = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    places = dict(jax.tree_util.tree_leaves_with_path(params_at))
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = next((path[i:] for i in range(len(path)) if path[i:] in known), None)
+        return places[name] if name is not None and known[name] == leaf.shape else meshes.replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))

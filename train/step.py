@@ -2,7 +2,8 @@
 
 A loss is `loss(params, batch, *constants) -> (sum, weight, metrics)`: a sum over tokens, the weight to divide it by,
 and further sums for the log. Gradients of sums are added up over micro-batches and divided once by the global weight,
-so they do not depend on how a batch is split, packed or sharded.
+so they do not depend on how a batch is split, packed or sharded. A metric is a sum too, or a `Mean` over a weight of
+its own, or a `Max`.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,8 +16,21 @@ from jaxtyping import Array, Float, Int
 
 Params = Any
 Batch = Mapping[str, Array]
-Metrics = dict[str, Array]
+Metrics = dict[str, Any]
 Loss = Callable[..., tuple[Float[Array, ""], Float[Array, ""], Metrics]]
+
+
+class Mean(NamedTuple):
+    """A metric that is divided by a weight of its own and not by the loss's; both are sums."""
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+
+
+class Max(NamedTuple):
+    """A metric of which the largest value of all micro-batches counts; never negative."""
+
+    value: Float[Array, ""]
 
 
 class State(NamedTuple):
@@ -45,9 +59,15 @@ def make_accumulate(loss: Loss) -> Callable[..., Sums]:
 
     def accumulate(sums: Sums, params: Params, batch: Batch, *constants: Any) -> Sums:
         (total, (weight, metrics)), grads = jax.value_and_grad(value, has_aux=True)(params, batch, *constants)
-        return jax.tree.map(jnp.add, sums, Sums(grads, total, weight, metrics))
+        added = jax.tree.map(jnp.add, sums, Sums(grads, total, weight, metrics))
+        largest = {name: _largest(sums.metrics[name], new) for name, new in metrics.items() if isinstance(new, Max)}
+        return added._replace(metrics={**added.metrics, **largest})
 
     return accumulate
+
+
+def _largest(old: Max, new: Max) -> Max:
+    return Max(jnp.maximum(old.value, new.value))
 
 
 def zero_sums(loss: Loss, params: Params, batch: Batch, *constants: Any) -> Sums:
@@ -67,11 +87,19 @@ def make_update(optimizer: optax.GradientTransformation) -> Callable[[State, Sum
         grads = jax.tree.map(lambda g: g * scale, sums.grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {name: value * scale for name, value in sums.metrics.items()}
+        metrics = {name: _value(metric, scale) for name, metric in sums.metrics.items()}
         metrics |= {"loss": sums.loss * scale, "weight": sums.weight, "grad_norm": optax.tree.norm(grads)}
         return State(params, opt_state, state.step + 1), metrics
 
     return update
+
+
+def _value(metric: Array | Mean | Max, scale: Array) -> Array:
+    if isinstance(metric, Max):
+        return metric.value
+    if isinstance(metric, Mean):
+        return jnp.where(metric.weight > 0, metric.total / jnp.where(metric.weight > 0, metric.weight, 1.0), 0.0)
+    return metric * scale
 
 
 def make_train_step(

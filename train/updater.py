@@ -37,11 +37,11 @@ class Updater:
                 self._accumulate = jit_accumulate(self.loss, like)
             return self._accumulate(self._zeros() if sums is None else sums, state.params, batch, *constants)
 
-    def step(self, state: State, micros: Sequence[Mapping[str, Any]]) -> tuple[State, Metrics]:
+    def step(self, state: State, micros: Sequence[Mapping[str, Any]], *constants: Any) -> tuple[State, Metrics]:
         """One update from all of the micro-batches; without any, the state as it was. The state is donated."""
         sums = None
         for micro in micros:
-            sums = self.add(sums, state, micro)
+            sums = self.add(sums, state, micro, *constants)
         return (state, {}) if sums is None else self.finish(state, sums)
 
     def finish(self, state: State, sums: Sums) -> tuple[State, Metrics]:

@@ -11,11 +11,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ..row import Row
 
 
+@runtime_checkable
 class Filter(Protocol):
     """Settings that tell which rows of a whole set to drop: a frozen dataclass of plain values.
 
@@ -123,6 +124,20 @@ def funnel(rows: Iterable[Row], filters: Sequence[Filter]) -> Funnel:
         dropped += gone
     dropped.sort(key=lambda item: item.row.id)
     return Funnel(kept=tuple(kept), dropped=tuple(dropped), steps=tuple(steps))
+
+
+def then(first: Funnel, second: Funnel) -> Funnel:
+    """Two funnels as one; the second began with what the first kept, perhaps with more known of the rows."""
+    dropped = sorted((*first.dropped, *second.dropped), key=lambda item: item.row.id)
+    return Funnel(kept=second.kept, dropped=tuple(dropped), steps=_every_domain(first.steps, second.steps))
+
+
+def _every_domain(first: Sequence[Step], second: Sequence[Step]) -> tuple[Step, ...]:
+    """The steps of both, with zeros for the domains of which nothing came to the second."""
+    domains = sorted({step.domain for step in first} | {step.domain for step in second})
+    found = {(step.filter, step.domain): step for step in second}
+    order = dict.fromkeys(step.filter for step in second)
+    return (*first, *(found.get((name, d), Step(name, d, 0, 0)) for name in order for d in domains))
 
 
 def names(filters: Sequence[Filter]) -> list[str]:

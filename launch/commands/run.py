@@ -15,7 +15,7 @@ import tyro
 
 from ...sharding import hosts
 from ...train import bucket, profile, stop, watchdog
-from .. import cluster, comparison, lock, machine, report
+from .. import cluster, comparison, funnels, lock, machine, report
 from .. import flags as presets
 from ..comparison import Comparison
 from ..recipe import Training
@@ -162,6 +162,8 @@ def show(out: Path) -> None:
         console.width = WIDTH
     if summary["rows"]:
         console.print(report.table(summary))
+    for one in funnels.read(out, list(summary["funnels"])):
+        console.print(report.funnel_table(one))
     for note in summary["notes"]:
         console.print(note, style="dim")
     busiest = sorted(summary["shares"].items(), key=lambda item: -item[1])

@@ -13,7 +13,7 @@ from typing import Literal
 
 from ...data.task import TaskSource
 from ...data.tasks import Mixture, Split
-from ...train import distill, merge
+from ...train import distill, merge, teaching
 from ...train.convert import Convert
 from ...train.evaluate import Evaluate
 from ...train.rl import RL
@@ -21,7 +21,7 @@ from ..comparison import Comparison, Entry
 from ..recipe import Run
 from . import mopd_scales
 
-OBJECTIVES = {"full": distill.FullVocabulary, "sampled": distill.SampledToken}
+OBJECTIVES = {"full": teaching.FullVocabulary, "sampled": teaching.SampledToken}
 
 
 def recipe(

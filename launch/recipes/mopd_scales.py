@@ -14,6 +14,7 @@ from ...data.task import TaskSource
 from ...data.tasks import Mixture
 from ...model.config import PUBLISHED
 from ...model.processing import Sampling
+from ...train import objective
 from ...train.compute import Compute
 from ...train.optimizer import AdamW
 from ...train.sft import SFT
@@ -49,7 +50,7 @@ TINY_RL = {
     "steps": 24,
     "prompts": 16,
     "group": 8,
-    "rounds": 1,
+    "objective": objective.olmo(rounds=1),
     "sampling": Sampling(max_tokens=8),
     "optimizer": AdamW(learning_rate=8e-4),
     "compute": TINY_COMPUTE,
@@ -76,7 +77,7 @@ SMOLLM2_RL = {
     "steps": 8,
     "prompts": 5,
     "group": 8,
-    "rounds": 1,
+    "objective": objective.olmo(rounds=1),
     "sampling": Sampling(max_tokens=16, temperature=0.7),
     "optimizer": AdamW(learning_rate=1.5e-5),
     "compute": SMOLLM2_COMPUTE,

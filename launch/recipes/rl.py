@@ -1,7 +1,11 @@
 """Reinforcement learning of one model on tasks with verifiers: one stage, then its score on held-out tasks."""
 
+from collections.abc import Callable
+from typing import Literal
+
 from ...data.tasks import Split
 from ...model.processing import Sampling
+from ...train import objective as objectives
 from ...train.compute import Compute
 from ...train.evaluate import Evaluate
 from ...train.optimizer import AdamW
@@ -10,12 +14,28 @@ from ..comparison import Comparison, Entry
 from ..recipe import Run
 from ..tasks import source
 
+OBJECTIVES: dict[str, Callable[[int], objectives.Objective]] = {
+    "olmo": lambda _: objectives.olmo(),
+    "grpo": lambda _: objectives.grpo(),
+    "dr_grpo": lambda limit: objectives.dr_grpo(budget=limit),
+    "dapo": lambda limit: objectives.dapo(limit=limit, buffer=max(1, limit // 5)),
+    "gspo": lambda _: objectives.gspo(),
+    "cispo": lambda _: objectives.cispo(),
+    "rloo": lambda _: objectives.rloo(),
+    "reinforce_plus_plus": lambda _: objectives.reinforce_plus_plus(),
+    "deepseek_v32": lambda _: objectives.deepseek_v32(),
+}
+"""Published objectives, given the longest answer in tokens."""
+
 
 def recipe(
     run: Run,
     *,
     model: str,
     tasks: str = "arithmetic",
+    objective: Literal[
+        "olmo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "deepseek_v32"
+    ] = "olmo",
     steps: int = 100,
     prompts: int = 64,
     group: int = 8,
@@ -31,6 +51,7 @@ def recipe(
         run: trains (or plans) a stage and returns its folder.
         model: the model to start from.
         tasks: what to train on, as `posttrain eval` names tasks; 30% are held out.
+        objective: what is minimised, as it was published (see `train/objective.py`).
         steps: updates.
         prompts: tasks per update.
         group: answers per task.
@@ -49,6 +70,7 @@ def recipe(
         sampling=Sampling(max_tokens=max_tokens),
         prompts=prompts,
         group=group,
+        objective=OBJECTIVES[objective](max_tokens),
         optimizer=AdamW(learning_rate=learning_rate),
         compute=compute,
     )

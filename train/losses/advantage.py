@@ -18,6 +18,11 @@ def is_uniform(rewards: Float[Array, "P G"]) -> Bool[Array, "P 1"]:
     return jnp.max(rewards, axis=-1, keepdims=True) == jnp.min(rewards, axis=-1, keepdims=True)
 
 
+def raw(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
+    """The rewards themselves, without a baseline: REINFORCE, and REINFORCE++, which whitens over the batch instead."""
+    return lax.stop_gradient(rewards.astype(jnp.float32))
+
+
 def group_centered(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
     """Reward minus the group's mean. Dr. GRPO, https://arxiv.org/abs/2503.20783; Olmo 3; DeepSeek-V3.2."""
     rewards = lax.stop_gradient(rewards.astype(jnp.float32))

@@ -1,0 +1,196 @@
+"""The compiled programs of generation: slots made empty, weights laid out, prompts admitted, tokens decoded."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from ..sharding import mesh as meshes
+from . import attention, processing, transformer
+from . import cache as caches
+from .config import ModelConfig
+from .processing import Sampling
+
+
+class Slots(NamedTuple):
+    """What the decoding loop carries, one entry per slot; the cache as a tuple of layers."""
+
+    cache: caches.Cache
+    token: Int[Array, " B"]
+    position: Int[Array, " B"]
+    row: Int[Array, " B"]
+    count: Int[Array, " B"]  # pyright: ignore[reportIncompatibleMethodOverride]
+    limit: Int[Array, " B"]
+    temperature: Float[Array, " B"]
+    active: Bool[Array, " B"]
+    tokens: Int[Array, "B N"]
+    logp: Float[Array, "B N"]
+    kept: UInt8[Array, "B N W"]  # W is 0 unless asked for
+
+
+@partial(jax.jit, static_argnums=0)
+def lay_out(config: ModelConfig, params: transformer.Params) -> transformer.Params:
+    """The weights that `decode` takes, once a call: see `transformer.for_decoding`."""
+    return transformer.for_decoding(config, params)
+
+
+def axes_of(state: Slots) -> Slots:
+    """Logical axes of every array: slots over the data axes, heads over the tensor axis."""
+    cache = jax.tree.map(lambda _: caches.AXES[1:], state.cache)
+    rest: dict[str, Any] = {
+        name: ("batch", *([None] * (x.ndim - 1))) for name, x in state._asdict().items() if name != "cache"
+    }
+    return Slots(cache=cache, **rest)
+
+
+def _constrain(state: Slots) -> Slots:
+    """Every array told to lie as its axes say."""
+    return jax.tree.map(lambda x, axes: meshes.constrain(x, *axes), state, axes_of(state))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def start(
+    config: ModelConfig, slots: int, length: int, capacity: int, return_kept: bool,
+    limit: Array | np.int32, temperature: Array | np.float32,
+) -> Slots:  # fmt: skip
+    """Slots that are all free, with room for `length` positions and answers of `capacity` tokens."""
+    ints = partial(jnp.zeros, dtype=jnp.int32)
+    return _constrain(
+        Slots(
+            cache=caches.unstack(caches.empty(config, slots, length)),
+            token=ints(slots), position=ints(slots), row=ints(slots), count=ints(slots),
+            limit=jnp.full(slots, limit, jnp.int32), temperature=jnp.full(slots, temperature, jnp.float32),
+            active=jnp.zeros(slots, bool),
+            tokens=ints((slots, capacity)), logp=jnp.zeros((slots, capacity), jnp.float32),
+            kept=jnp.zeros((slots, capacity, -(-config.vocab_size // 8) if return_kept else 0), jnp.uint8),
+        )
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def admit(
+    config: ModelConfig,
+    sampling: Sampling,
+    params: transformer.Params,
+    state: Slots,
+    key: Array,
+    prompts: Int[Array, "A P"],
+    lengths: Int[Array, " A"],
+    slots: Int[Array, "A G"],
+    rows: Int[Array, "A G"],
+) -> Slots:
+    """Prefill some prompts once each, copy their keys and values into the slots of their samples, draw first tokens."""
+    count, width = prompts.shape
+    group = slots.shape[1]
+    fresh = jax.tree.map(lambda x: meshes.constrain(x, *caches.AXES), caches.empty(config, count, width))
+    positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
+    segments = jnp.where(positions < lengths[:, None], attention.BRANCHES, 0)
+    hidden, fresh = transformer.apply(config, params, prompts, positions=positions, segments=segments, cache=fresh)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    scores = meshes.constrain(transformer.logits(config, params, last)[:, 0], "draws", None)
+    scores = jnp.repeat(scores, group, axis=0)
+    cache = jax.tree.map(lambda old, new: _place(old, new, slots), state.cache, caches.unstack(fresh))
+    slots, rows = slots.reshape(-1), rows.reshape(-1)
+    warmth = jnp.broadcast_to(state.temperature[0], rows.shape)
+    token, logp = processing.draw(scores, _keys(key, rows, jnp.zeros_like(rows)), sampling, temperature=warmth)
+    kept = processing.support(scores, sampling, temperature=warmth)[:, : state.kept.shape[-1]]
+
+    def put(old: Array, new: Array) -> Array:
+        return old.at[slots].set(new, mode="drop")
+
+    return _constrain(
+        state._replace(
+            cache=cache,
+            token=put(state.token, token),
+            position=put(state.position, jnp.repeat(lengths, group)),
+            row=put(state.row, rows),
+            count=put(state.count, jnp.ones_like(rows)),
+            active=put(state.active, ~_stops(token, sampling) & (state.limit[0] > 1)),
+            tokens=state.tokens.at[slots, 0].set(token, mode="drop"),
+            logp=state.logp.at[slots, 0].set(logp, mode="drop"),
+            kept=state.kept.at[slots, 0].set(kept, mode="drop"),
+        )
+    )
+
+
+def _place(old: Array, new: Array, slots: Int[Array, "A G"]) -> Array:
+    """Copy [A, N, P, K] prompt keys into the first P positions of their samples' slots of [B, N, S, K].
+
+    Every device copies the prompts that it has computed into slots that it keeps.
+    """
+    parts = meshes.current_parts("batch", old.shape[0])
+    part = jnp.arange(slots.shape[0]) // (slots.shape[0] // parts)
+    within = slots - (part * (old.shape[0] // parts))[:, None]
+
+    def local(old: Array, new: Array, slots: Array) -> Array:
+        values = jnp.repeat(new, slots.shape[1], axis=0)
+        return old.at[slots.reshape(-1), :, : new.shape[-2]].set(values, mode="drop")
+
+    axes = caches.AXES[1:]
+    return meshes.per_device(local, axes, axes, ("batch", None))(old, new, within)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def decode(
+    config: ModelConfig,
+    sampling: Sampling,
+    params: transformer.Params,
+    state: Slots,
+    key: Array,
+    enough: Array | int,
+    group: Array | int,
+) -> Slots:
+    """Decode until at most `enough` slots talk and `group` of one part are free, and at least one step.
+
+    `params` are those of `lay_out`.
+    """
+
+    def step(state: Slots) -> Slots:
+        hidden, cache = transformer.apply(
+            config, params, state.token[:, None], positions=state.position[:, None], cache=state.cache
+        )
+        # Rows over all devices, each with its whole vocabulary: an exchange, where drawing from a split one gathers it.
+        scores = meshes.constrain(transformer.logits(config, params, hidden)[:, 0], "draws", None)
+        warmth = state.temperature
+        token, logp = processing.draw(scores, _keys(key, state.row, state.count), sampling, temperature=warmth)
+        kept = processing.support(scores, sampling, temperature=warmth)[:, : state.kept.shape[-1]]
+        active = state.active
+        place = jnp.where(active, state.count, state.tokens.shape[1])
+        every = jnp.arange(active.shape[0])
+        count = state.count + active
+        return _constrain(
+            state._replace(
+                cache=cache,
+                token=jnp.where(active, token, state.token),
+                position=state.position + active,
+                count=count,
+                active=active & ~_stops(token, sampling) & (count < state.limit),
+                tokens=state.tokens.at[every, place].set(token, mode="drop"),
+                logp=state.logp.at[every, place].set(logp, mode="drop"),
+                kept=state.kept.at[every, place].set(kept, mode="drop"),
+            )
+        )
+
+    running = jnp.sum(state.active)
+    enough = jnp.where(running > enough, enough, jnp.maximum(running - 1, 0))
+    parts = meshes.current_parts("batch", state.active.shape[0])
+
+    def go_on(state: Slots) -> Array:
+        free = jnp.sum(~state.active.reshape(parts, -1), axis=1)
+        return jnp.any(state.active) & ((jnp.sum(state.active) > enough) | (jnp.max(free) < group))
+
+    return jax.lax.while_loop(go_on, step, state)
+
+
+def _stops(token: Int[Array, " B"], sampling: Sampling) -> Bool[Array, " B"]:
+    if not sampling.stop_ids:
+        return jnp.zeros(token.shape, bool)
+    return jnp.any(token[:, None] == jnp.asarray(sampling.stop_ids)[None, :], axis=1)
+
+
+def _keys(key: Array, rows: Int[Array, " B"], count: Int[Array, " B"]) -> Array:
+    """A key per row and token: the seed and step are already folded into `key`."""
+    return jax.vmap(lambda row, n: jax.random.fold_in(jax.random.fold_in(key, row), n))(rows, count)
