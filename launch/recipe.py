@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,10 +59,20 @@ class Training:
     """
 
     def __init__(
-        self, out: Path, *, smoke: bool = False, mesh: jax.sharding.Mesh | None = None, started: float | None = None
+        self,
+        out: Path,
+        *,
+        smoke: bool = False,
+        mesh: jax.sharding.Mesh | None = None,
+        started: float | None = None,
+        only: Collection[str] = (),
     ) -> None:
-        """`started` is when the process began (Unix time), which the first stage is charged with."""
-        self.out, self.smoke, self.mesh, self._started = out, smoke, mesh, started
+        """`started` is when the process began (Unix time), which the first stage is charged with.
+
+        With `only`, stages of these names are trained; others are taken for done, by other processes in other places.
+        """
+        self.out, self.smoke, self.mesh, self._started, self.only = out, smoke, mesh, started, only
+        self.names: list[str] = []
 
     def __call__(self, name: str, stage: Stage) -> str:
         """Train the stage unless it is done.
@@ -79,6 +89,9 @@ class Training:
             )
         stage = shrunk(stage) if self.smoke else stage
         folder = self.out / name
+        self.names.append(name)
+        if self.only and name not in self.only:
+            return str(folder)
         remember(folder, stage, self.out)
         if not (folder / "DONE").exists():
             stop.set_lossless(True)

@@ -19,7 +19,9 @@ class Generation:
 
     `link` is one ICI link in one direction; a chip has two links along each of the `dims` axes of its torus. An axis is
     closed to a ring if its size is a multiple of `ring`, at least. `cores` is how many TensorCores a chip counts for in
-    accelerator names such as v5p-128.
+    accelerator names such as v5p-128. `accelerator` begins those names in the Cloud TPU API, `runtime` is the image of
+    its virtual machines there (https://cloud.google.com/tpu/docs/runtimes); both are empty for what it does not offer.
+    `gke` is the accelerator label of nodes in Google Kubernetes Engine.
     """
 
     name: str
@@ -30,6 +32,9 @@ class Generation:
     dims: int
     ring: int
     dcn: float
+    gke: str
+    accelerator: str = ""
+    runtime: str = ""
     devices_per_chip: int = 1
     cores: int = 1
 
@@ -39,23 +44,23 @@ GENERATIONS: dict[str, Generation] = {
     for one in (
         Generation(
             name="v4", flops=275e12, hbm=30.75 * GIB, hbm_bandwidth=1200 * GB, link=45 * GB, dims=3, ring=4,
-            dcn=6.25 * GB, cores=2,
+            dcn=6.25 * GB, cores=2, accelerator="v4", runtime="tpu-ubuntu2204-base", gke="tpu-v4-podslice",
         ),
         Generation(
             name="v5e", flops=197e12, hbm=15.75 * GIB, hbm_bandwidth=819 * GB, link=45 * GB, dims=2, ring=16,
-            dcn=3.125 * GB,
+            dcn=3.125 * GB, accelerator="v5litepod", runtime="v2-alpha-tpuv5-lite", gke="tpu-v5-lite-podslice",
         ),
         Generation(
             name="v5p", flops=459e12, hbm=95.73 * GIB, hbm_bandwidth=2765 * GB, link=90 * GB, dims=3, ring=4,
-            dcn=6.25 * GB, cores=2,
+            dcn=6.25 * GB, cores=2, accelerator="v5p", runtime="v2-alpha-tpuv5", gke="tpu-v5p-slice",
         ),
         Generation(
             name="v6e", flops=918e12, hbm=31.24 * GIB, hbm_bandwidth=1638 * GB, link=90 * GB, dims=2, ring=16,
-            dcn=12.5 * GB,
+            dcn=12.5 * GB, accelerator="v6e", runtime="v2-alpha-tpuv6e", gke="tpu-v6e-slice",
         ),
         Generation(
             name="tpu7x", flops=2307e12, hbm=94.74 * GIB, hbm_bandwidth=7380 * GB, link=90 * GB, dims=3, ring=4,
-            dcn=12.5 * GB, devices_per_chip=2,
+            dcn=12.5 * GB, devices_per_chip=2, gke="tpu7x",
         ),
     )
 }  # fmt: skip
@@ -69,7 +74,7 @@ CUBIC = {
 }  # fmt: skip
 """Shape of a slice by its chips, where a name such as v6e-64 or v5p-128 stands for one."""
 
-NAMES = {"v4": "v4", "v5litepod": "v5e", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e"}
+NAMES = {"v5e": "v5e"} | {one.accelerator: one.name for one in GENERATIONS.values() if one.accelerator}
 """Generation by the first part of an accelerator name; tpu7x has none."""
 
 
@@ -95,6 +100,19 @@ class Topology:
     def devices_per_slice(self) -> int:
         """JAX devices in one slice."""
         return self.devices // self.slices
+
+    @property
+    def hosts_per_slice(self) -> int:
+        """Hosts of one slice in the Cloud TPU API: four chips each, but a flat slice of up to eight is one host."""
+        chips = self.chips // self.slices
+        return 1 if self.generation.dims == 2 and chips <= 8 else max(1, chips // 4)
+
+    @property
+    def accelerator_type(self) -> str:
+        """Name of one slice in the Cloud TPU API, such as v5litepod-16; empty for a shape that no name stands for."""
+        shapes, chips = (FLAT if self.generation.dims == 2 else CUBIC), self.chips // self.slices
+        named = self.generation.accelerator and shapes.get(chips) == self.shape
+        return f"{self.generation.accelerator}-{chips * self.generation.cores}" if named else ""
 
     @property
     def flops(self) -> float:

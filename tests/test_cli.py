@@ -90,7 +90,7 @@ def test_help_does_not_wait_for_jax():
 def test_help_shows_recipes_and_the_options_of_a_recipe(posttrain):
     code, top, _ = posttrain("--help")
     assert code == 0
-    for command in ("run", "plan", "eval", "generate", "chat", "merge", "convert", "report"):
+    for command in ("run", "plan", "launch", "eval", "generate", "chat", "merge", "convert", "report", "ls", "stop"):
         assert f"• {command} " in top
     assert "• mopd" in posttrain("run", "--help")[1]
     code, options, _ = posttrain("run", "mopd", "--help")

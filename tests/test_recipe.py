@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from posttrain.launch import comparison, lock, machine
+from posttrain.launch.commands import run as command
 from posttrain.launch.comparison import Comparison, Entry
 from posttrain.launch.recipe import SettingsChangedError, Training, differences, relative, settings
 from posttrain.train.stop import Interrupted
@@ -51,6 +52,24 @@ class Count:
 
 def ends(folder: Path) -> list[str]:
     return [json.loads(line)["end"] for line in (folder / "attempts.jsonl").read_text().splitlines()]
+
+
+def test_a_part_of_a_recipe_trains_its_stages_alone(tmp_path):
+    """Other processes train the others in the same folder; together they have done what one would have done."""
+
+    def recipe(run):
+        first = run("one", Count(steps=2))
+        return run("two", Count(steps=1, start=first))
+
+    watch = command.Watch()
+    for name in ("one", "two"):
+        command.train(recipe, tmp_path, smoke=False, options={}, watch=watch, only=(name,))
+        assert not (tmp_path / "report.html").exists()
+    assert [ends(tmp_path / name) for name in ("one", "two")] == [["done"], ["done"]]
+    recipe(Training(tmp_path))
+    assert (tmp_path / "one" / "letters").read_text() == "xx"  # the settings are those of one process
+    with pytest.raises(ValueError, match="--only 'three': the recipe has no such stage, but one, two"):
+        command.train(recipe, tmp_path, smoke=False, options={}, watch=watch, only=("three",))
 
 
 def test_a_finished_stage_is_skipped(tmp_path):

@@ -24,6 +24,25 @@ def test_a_name_stands_for_a_slice(text, name, chips, devices):
     assert (str(found), found.chips, found.devices) == (name, chips, devices)
 
 
+@pytest.mark.parametrize(
+    ("text", "hosts", "name"),
+    [
+        ("v4-8", 1, "v4-8"),
+        ("v4-32", 4, "v4-32"),
+        ("v5litepod-8", 1, "v5litepod-8"),  # a flat slice of up to eight chips is one host
+        ("v6e:2x2", 1, "v6e-4"),
+        ("v6e-16", 4, "v6e-16"),
+        ("v5litepod-256", 64, "v5litepod-256"),
+        ("v5p-128", 16, "v5p-128"),
+        ("v5p:4x4x12", 48, ""),  # no name stands for it
+        ("tpu7x:4x4x4", 16, ""),
+    ],
+)
+def test_a_slice_has_hosts_and_a_name_in_the_cloud(text, hosts, name):
+    found = parse(text, slices=2)
+    assert (found.hosts_per_slice, found.accelerator_type) == (hosts, name)
+
+
 def test_slices_multiply_chips_and_not_the_shape():
     found = parse("v5p:4x4x4", slices=64)
     assert (found.chips, found.devices_per_slice, found.slice_name) == (4096, 64, "v5p:4x4x4")

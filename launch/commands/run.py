@@ -5,7 +5,7 @@ import importlib
 import inspect
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -48,6 +48,14 @@ def command(name: str) -> Callable[..., None]:
         stuck_after: Annotated[
             float, tyro.conf.arg(help="Leave, with all stacks written down, when nothing moves for this many seconds.")
         ] = 600.0,
+        only: tyro.conf.UseAppendAction[
+            Annotated[
+                tuple[str, ...],
+                tyro.conf.arg(
+                    metavar="STAGE", help="Run this stage alone; what it needs is there. Repeat it for more."
+                ),
+            ]
+        ] = (),
         flags: Annotated[
             str, tyro.conf.arg(metavar="PRESET", help="Flags of the TPU compiler, a preset of launch/flags.py by name.")
         ] = "",
@@ -56,7 +64,7 @@ def command(name: str) -> Callable[..., None]:
         if flags:
             presets.use(flags)
         watch = Watch(profile=steps(profile), grace=grace, stuck_after=stuck_after)
-        train(module.recipe, out, smoke=smoke, options=options, watch=watch)
+        train(module.recipe, out, smoke=smoke, options=options, watch=watch, only=only)
 
     return with_options(go, module.recipe)
 
@@ -96,10 +104,22 @@ def steps(text: str) -> range:
     return range(int(first), int(last) + 1)
 
 
-def train(recipe: Callable[..., Any], where: str | Path, *, smoke: bool, options: dict[str, Any], watch: Watch) -> None:
+def train(
+    recipe: Callable[..., Any],
+    where: str | Path,
+    *,
+    smoke: bool,
+    options: dict[str, Any],
+    watch: Watch,
+    only: Sequence[str] = (),
+) -> None:
     """Run the recipe to its end, write the report, print the comparison. SIGINT and SIGTERM stop it with all saved.
 
-    On several hosts all of them run this; the first writes the report.
+    On several hosts all of them run this; the first writes the report. With `only`, these stages alone are trained, and
+    there is no report: other processes may train others in the same folder.
+
+    Raises:
+        ValueError: for a stage to train that the recipe does not have.
     """
     started = time.time() - time.process_time()
     profile.request(watch.profile)
@@ -108,15 +128,20 @@ def train(recipe: Callable[..., Any], where: str | Path, *, smoke: bool, options
         stack.enter_context(cluster.joined())
         out = stack.enter_context(bucket.working_copy(where))
         if hosts.is_first():
-            stack.enter_context(lock.held(out))
+            for folder in [out / name for name in only] or [out]:
+                stack.enter_context(lock.held(folder))
         stack.enter_context(watchdog.watching(out / "stacks", seconds=watch.stuck_after))
         _remember_compilations(out)
+        run = Training(out, smoke=smoke, started=started, only=only)
         try:
-            found = recipe(Training(out, smoke=smoke, started=started), **options)
+            found = recipe(run, **options)
         finally:
             if hosts.is_first():
                 machine.record(out)
-        if hosts.is_first():
+        missing = sorted(set(only) - set(run.names))
+        if missing:
+            raise ValueError(f"--only {missing[0]!r}: the recipe has no such stage, but {', '.join(run.names)}")
+        if hosts.is_first() and not only:
             if isinstance(found, Comparison):
                 comparison.write(found, out)
             show(out)
