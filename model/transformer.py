@@ -117,7 +117,12 @@ def _layers(
             carry = block(*carry, index, weights)
         return carry
     indices = jnp.arange(config.num_layers)
-    step = _remat(config, lambda carry, layer: (block(*carry, layer[0], _placed(layer[1])), None))
+
+    def scanned(carry: tuple[Array, Cache | None], layer: tuple[Array, Params]) -> tuple[Any, None]:
+        index, weights = layer
+        return block(*carry, index, _placed(weights)), None
+
+    step = _remat(config, scanned)
     return jax.lax.scan(step, carry, (indices, layers))[0]
 
 

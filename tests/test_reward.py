@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rows import make_row
 from toy import Likes
 
 from posttrain.data import chat, preferences
@@ -22,7 +23,7 @@ from posttrain.train.losses import reward as losses
 from posttrain.train.merge import Linear
 from posttrain.train.optimizer import AdamW
 from posttrain.train.reward import Pointwise, Ranked, Reward
-from posttrain.train.rewards import NormalizedSum, RewardModels, SafetyOrHelpfulness, WeightedSum
+from posttrain.train.rewards import NormalizedSum, RewardModels, SafetyOrHelpfulness, ScoreRows, WeightedSum
 from posttrain.train.rollout import Rollout
 
 TOKENIZER = checkpoint.open_tokenizer("tiny")
@@ -182,6 +183,8 @@ def test_reward_models_score_the_sampled_tokens_alone_together_and_averaged(trai
     said = rollout.rewarded(groups, single[0])
     assert said[1][0].reward == single[0][2] and said[1][0].verdict == 0.5
     assert rollout.statistics(said)["verdict"] == 0.5 and "verdict" not in rollout.statistics(groups)
+    written = [make_row(text, question=groups[0][0].task.messages[0]["content"], id=text) for text in ("yy 1", "n1")]
+    np.testing.assert_allclose(ScoreRows(models=paths[:1], compute=COMPUTE)(written, mesh), single[0][:2], rtol=1e-4)
     Linear(models=paths).train(trained / "average", mesh)
     average = checkpoint.open_model(trained / "average", mesh)
     parents = [checkpoint.open_model(path, mesh).params for path in paths]

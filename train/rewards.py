@@ -12,8 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..data import preferences
 from ..data.pack import Example, Group
+from ..data.preferences import Ranking
+from ..data.row import Row
 from ..data.tokenizer import Tokenizer
+from ..sharding import mesh as meshes
 from . import checkpoint, reward
 from .checkpoint import Model
 from .compute import Compute
@@ -118,6 +122,30 @@ class RewardModels:
             return np.asarray(self.combine(jnp.stack([jnp.asarray(c) for c in columns], axis=1), flat))
 
         return score
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRows:
+    """What `Curate` takes as its scorer: the rewards of generated rows by one or several reward models.
+
+    Rows are text, written in the first reward model's own chat format.
+    """
+
+    models: tuple[str, ...]
+    combine: WeightedSum | NormalizedSum = field(default_factory=WeightedSum)
+    compute: Compute = field(default_factory=Compute)
+
+    def __call__(self, rows: Sequence[Row], mesh: jax.sharding.Mesh | None) -> list[float]:
+        """The rewards of the rows, the higher the better."""
+        mesh = mesh or meshes.make_mesh()
+        tokenizer = checkpoint.open_tokenizer(self.models[0])
+        for path in self.models:
+            check_scoring(path, tokenizer)
+        hosted = Hosted({path: path for path in self.models}, self.compute, mesh)
+        groups = [preferences.group(tokenizer, Ranking(row.prompt, (row.response,), (0.0,))) for row in rows]
+        with jax.set_mesh(mesh):
+            columns = [reward.scores(hosted(path), groups, self.compute, mesh) for path in self.models]
+            return np.asarray(self.combine(jnp.stack([jnp.asarray(c) for c in columns], axis=1), ())).tolist()
 
 
 def check_scoring(path: str, tokenizer: Tokenizer) -> None:
