@@ -14,7 +14,7 @@ from . import rules
 
 def make_mesh(
     *,
-    data: int = 1,
+    data: int | None = None,
     fsdp: int = -1,
     expert: int = 1,
     context: int = 1,
@@ -23,11 +23,15 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with the axes (data, fsdp, expert, context, tensor); one size may be -1, "the devices that remain".
 
+    The data axis goes over TPU slices first, so that only it crosses the network between them; unless told, it is the
+    number of slices.
+
     Raises:
-        ValueError: if the sizes do not multiply to the number of devices.
+        ValueError: if the sizes do not multiply to the number of devices, or the data axis is no multiple of the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [data, fsdp, expert, context, tensor]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    sizes = [slices if data is None else data, fsdp, expert, context, tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(
             f"mesh sizes {dict(zip(rules.MESH_AXES, sizes, strict=True))}: at most one may be -1, the rest at least 1"
@@ -37,10 +41,15 @@ def make_mesh(
     if math.prod(sizes) != len(devices):
         named = dict(zip(rules.MESH_AXES, sizes, strict=True))
         raise ValueError(f"mesh {named} needs {math.prod(sizes)} devices, there are {len(devices)}: change the sizes")
-    if devices[0].platform == "tpu":  # neighbours of an axis are then neighbours on the chips' torus
+    if devices[0].platform != "tpu":
+        grid = np.asarray(devices).reshape(sizes)
+    elif slices == 1:  # neighbours of an axis are then neighbours on the chips' torus
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
-        grid = np.asarray(devices).reshape(sizes)
+        if sizes[0] % slices:
+            raise ValueError(f"a data axis of {sizes[0]} does not divide over {slices} slices: choose a multiple")
+        within, between = [sizes[0] // slices, *sizes[1:]], [slices, 1, 1, 1, 1]
+        grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     return Mesh(grid, rules.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 

@@ -112,7 +112,8 @@ def test_words_that_make_no_sense_exit_2(posttrain, words):
 
 def test_a_run_stopped_by_ctrl_c_exits_75_and_says_how_to_go_on(run):
     assert run.stopped.returncode == stop.RUN_AGAIN, run.stopped.stderr
-    assert run.stopped.stderr.splitlines()[-1].endswith(f"run the same again: posttrain {' '.join(run.words)}")
+    said = run.stopped.stderr.splitlines()[-1]  # the second where a busy machine was in the middle of a step for long
+    assert said.endswith((f"run the same again: posttrain {' '.join(run.words)}", "from what was saved last"))
     assert "Traceback" not in run.stopped.stderr
 
 

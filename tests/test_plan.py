@@ -52,7 +52,7 @@ def test_every_program_of_every_stage_compiles_and_fits(plans, target):
         for name, one in programs.items():
             assert one["fits"] and 0 < one["memory"]["needed"] < one["memory"]["available"], (stage, name)
             assert one["bytes"] > 0 and one["seconds"] > 0 and one["calls"] > 0, (stage, name)
-            assert (one["flops"] > 0) == (name not in ("update", "merge")), (stage, name)
+            assert (one["flops"] > 0) == (name.split()[-1] not in ("update", "merge", "decoder")), (stage, name)
             assert one["mfu"] is None or 0 < one["mfu"] < 1, (stage, name)
 
 

@@ -46,7 +46,9 @@ def unrolled(mesh):
     loss = sft.loss(CHECKED)
     one = meshes.make_mesh(devices=mesh.devices.flat[:1])
     where = meshes.replicated(one)
-    params = jax.eval_shape(lambda p: transformer.for_decoding(CHECKED, p), transformer.abstract_params(CHECKED))
+    params = transformer.abstract_params(CHECKED)
+    layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params["layers"])
+    params = {**params, "layers": (layer,) * CHECKED.num_layers}
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), params)
     batch = programs.abstract_batch(dataclasses.replace(COMPUTE, row_tokens=256, micro_rows=4), one)
     traced = jax.jit(jax.value_and_grad(lambda p, b: loss(p, b)[0])).trace(params, batch)
