@@ -30,7 +30,7 @@ setup: .venv/.ready ## create .venv with the pinned requirements and the posttra
 	@touch $@
 
 test: setup ## run the tests, a file at a time on each of two processes
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup ## check style, format and types
 	$(BIN)/ruff check

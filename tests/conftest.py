@@ -23,3 +23,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Before the first import of these modules: from here on their jaxtyping annotations are checked at every call.
 install_import_hook(["posttrain.sharding", "posttrain.model", "posttrain.train"], "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items):
+    """The file that takes longest comes first: another process runs the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_plan.py")

@@ -48,7 +48,7 @@ def test_every_program_of_every_stage_compiles_and_fits(plans, target):
     stages = plans[target]["stages"]
     assert len(stages) == len(STAGES)
     for stage, programs in stages.items():
-        assert bool(programs) != stage.endswith("Convert")
+        assert bool(programs) != stage.endswith(("Convert", "Curate", "Pair", "OverSeeds")), stage
         for name, one in programs.items():
             assert one["fits"] and 0 < one["memory"]["needed"] < one["memory"]["available"], (stage, name)
             assert one["bytes"] > 0 and one["seconds"] > 0 and one["calls"] > 0, (stage, name)
