@@ -27,7 +27,7 @@ def make_mesh(
     number of slices.
 
     Raises:
-        ValueError: if the sizes do not multiply to the number of devices, or the data axis is no multiple of the slices.
+        ValueError: if the sizes do not multiply to the number of devices, or data is no multiple of the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
