@@ -97,7 +97,8 @@ def test_two_hosts_that_are_stopped_killed_and_stuck_end_with_what_one_undisturb
         assert tuple(code for code, _ in found) == codes, found
         assert all(re.search(one, said) for one, (_, said) in zip(sentences, found, strict=True)), found
         if codes == (AGAIN, AGAIN) and "SIGTERM" in events[1]:
-            assert [line["step"] for line in lines(out / "rl")] == list(range(1, 3))
+            steps = [line["step"] for line in lines(out / "rl")]  # how many depends on how far ahead the other host was
+            assert steps == list(range(1, len(steps) + 1)) and len(steps) < 4, steps
     assert "in check" in (out / "stacks" / "host-1.txt").read_text()
     for stage in ("sft", "rl", "merge", "distill", "convert"):
         pairs = zip(checkpoint.leaves(out / stage, mesh), checkpoint.leaves(whole / stage, mesh), strict=True)
