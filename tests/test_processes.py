@@ -73,7 +73,7 @@ CHAIN = [
     # what happens to the first and to the second host, how they end, and what each says last
     (("", "SIGTERM@check:9"), (AGAIN, AGAIN), ("stopped; what was done is saved",) * 2),
     (("kill@saving:3", ""), (KILLED, AGAIN), ("", "host 1 .* lost touch with the others")),
-    (("", "hang@check:4"), (AGAIN, AGAIN), ("host 1 .* is stuck: nothing has moved for .* stacks are in",) * 2),
+    (("", "hang@check:4"), (AGAIN, AGAIN), (r"host \d .* is stuck: nothing has moved for .* stacks are in",) * 2),
     (("", ""), (0, 0), ("", "")),
 ]
 
