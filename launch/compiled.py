@@ -74,12 +74,6 @@ def make_mesh(
     Raises:
         ValueError: for a topology that the compiler does not know, or sizes that do not fit it.
     """
-    sizes = {"data": topology.slices, **sizes}
-    if sizes["data"] % topology.slices:
-        raise ValueError(
-            f"a data axis of {sizes['data']} does not divide over {topology.slices} slices: only whole replicas lie "
-            "in a slice, so choose a multiple"
-        )
     return meshes.make_mesh(**sizes, devices=_devices(topology, chips_per_host))
 
 

@@ -154,8 +154,7 @@ def programs(
     prompts = parts * _most(slots // parts // group, width)
     admitted = (ints((prompts, width)), ints((prompts,)), ints((prompts, group)), ints((prompts, group)))
     static = (config, sampling.compiled)
-    with jax.set_mesh(mesh):
-        decoder = jax.eval_shape(partial(decoding.lay_out, config), params)
+    decoder = jax.eval_shape(partial(decoding.lay_out, config), params)
     decoder = jax.tree_util.tree_map_with_path(
         lambda path, x: _lying(x, transformer.decoding_axes(path), mesh), decoder
     )
@@ -200,7 +199,6 @@ class _Engine:
         sampling: Sampling, noise: Noise, slots: int, parts: int,
     ) -> None:  # fmt: skip
         config, params = model
-        self.parts = parts
         self.config, self.sampling, self.noise = config, sampling, noise
         self.prompts, self.num_samples = prompts, num_samples
         self.num_slots = _filling(slots, parts)
@@ -226,7 +224,7 @@ class _Engine:
         dials = np.int32(self.sampling.max_tokens), np.float32(self.sampling.temperature)
         state = decoding.start(self.config, *sizes, return_kept, *dials)
         while self.waiting or any(self.holds):
-            while self.waiting and (units := self._next_units()):
+            while units := self._next_units():
                 state = decoding.admit(*static, self.params, state, key, *self._admission(units))
             enough = self.num_slots - self.refill if self.waiting else 0
             state = decoding.decode(*static, self.decoder, state, key, enough, self.group)

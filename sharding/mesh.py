@@ -47,7 +47,10 @@ def make_mesh(
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
         if sizes[0] % slices:
-            raise ValueError(f"a data axis of {sizes[0]} does not divide over {slices} slices: choose a multiple")
+            raise ValueError(
+                f"a data axis of {sizes[0]} does not divide over {slices} slices: only whole replicas lie in a slice, "
+                "so choose a multiple"
+            )
         within, between = [sizes[0] // slices, *sizes[1:]], [slices, 1, 1, 1, 1]
         grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     return Mesh(grid, rules.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
