@@ -18,7 +18,11 @@ BUCKET = r"(?:/upload|/download)?/storage/v1/b/[^/]+"
 
 
 class Bucket(ThreadingHTTPServer):
-    """A running server. `delay` are seconds that each write takes; `refusal` is the status of every answer, if any."""
+    """A running server.
+
+    `delay` are seconds that each write takes; `refusal` is the status of every answer, if any; `full` are bytes that
+    one more object may have.
+    """
 
     daemon_threads = True
 
@@ -27,7 +31,7 @@ class Bucket(ThreadingHTTPServer):
         self.objects: dict[str, tuple[bytes, int]] = {}
         self.uploads: dict[str, bytes] = {}
         self.numbers, self.lock = itertools.count(1), threading.RLock()
-        self.delay, self.refusal = 0.0, 0
+        self.delay, self.refusal, self.full = 0.0, 0, 2**62
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def environment(self) -> dict[str, str]:
@@ -115,6 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _put(self, name: str, content: bytes, only_if: str | None = None) -> None:
         time.sleep(self.server.delay)
+        if len(content) > self.server.full:
+            return self._fail(403, "The quota has been exceeded: storage")
         with self.server.lock:
             now = str(self.server.objects[name][1]) if name in self.server.objects else "0"
             if only_if not in (None, now):

@@ -1,15 +1,17 @@
 """One of several processes that run a small recipe of every kind of stage: `pod.py OUT [ACTION@EVENT]`.
 
-The environment says which process it is (see `launch.cluster`). Events are those of `resumable`, and `check:N`, the Nth
-time that this process might stop; another action is `hang`.
+The environment says which process it is (see `launch.cluster`). Events are those of `resumable`; `check:N`, the Nth
+time that this process might stop; and `compile:N`, its Nth compilation begins. Another action is `hang`.
 """
 
 import os
 import signal
 import sys
 import threading
-from pathlib import Path
+from collections.abc import Callable
 
+import compiled_once
+import jax
 from resumable import MIXED, Watch
 from toy import Likes
 
@@ -28,6 +30,8 @@ from posttrain.train.optimizer import AdamW
 from posttrain.train.rl import RL
 from posttrain.train.sft import SFT
 
+COMPILE = "/jax/compilation_cache/compile_requests_use_cache"
+"""What JAX notes before it looks for a program among those that it has compiled, or compiles it."""
 SAMPLING = Sampling(max_tokens=4)
 SHARED = {
     "steps": 4,
@@ -51,32 +55,51 @@ def recipe(run: Run) -> str:
     return run("convert", Convert(source=student))
 
 
-def act_at_check(number: int, action: str) -> None:
-    """Have this process do something in the middle of its work, where it looks whether it has to stop."""
+def at(number: int, action: str) -> Callable[[], None]:
+    """What does something the Nth time that it is called."""
     passed = iter(range(1, sys.maxsize))
 
-    def check() -> None:
+    def call() -> None:
         if next(passed) == number:
             if action == "hang":
                 threading.Event().wait()
-            os.kill(os.getpid(), signal.Signals[action])
+            os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.Signals[action])
+
+    return call
+
+
+def act_at_check(number: int, action: str) -> None:
+    """Have this process do something in the middle of its work, where it looks whether it has to stop."""
+    act = at(number, action)
+
+    def check() -> None:
+        act()
         stop.check_stop()
 
     loop.check_stop = rollout.check_stop = check
 
 
-def main() -> None:
+def act_at_compile(number: int, action: str) -> None:
+    """Have it do something when the compiler is about to be called."""
+    act = at(number, action)
+    jax.monitoring.register_event_listener(lambda event, **_: act() if event == COMPILE else None)
+
+
+def main(recipe: Callable[[Run], str]) -> None:
     """Run the recipe as the command line does."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    compiled_once.share()
     out, *events = sys.argv[1:]
     for each in events:
         action, _, event = each.partition("@")
-        if event.startswith("check:"):
-            act_at_check(int(event.removeprefix("check:")), action)
+        kind, _, number = event.partition(":")
+        if kind in ("check", "compile"):
+            (act_at_check if kind == "check" else act_at_compile)(int(number), action)
         else:
             sys.addaudithook(Watch(action, event))
     watch = command.Watch(profile=range(0), grace=60.0, stuck_after=float(os.environ.get("STUCK_AFTER", "600")))
-    cli.guarded(lambda: command.train(recipe, Path(out), smoke=False, options={}, watch=watch), ["run", "pod"])
+    cli.guarded(lambda: command.train(recipe, out, smoke=False, options={}, watch=watch), ["run", "pod"])
 
 
 if __name__ == "__main__":
-    main()
+    main(recipe)

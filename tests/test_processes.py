@@ -1,54 +1,18 @@
 """Several hosts do together what one does: here processes on one machine, which see each other's devices."""
 
 import json
-import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from chat_server import judged_or_answered, serving
+from local_hosts import ends, pod, start
 
 from posttrain.sharding import mesh as meshes
 from posttrain.train import checkpoint, metrics
-
-HERE = Path(__file__).parent
-SECONDS = 600
-
-
-def start(count: int, devices: int, words: list[list[str]], **environment: str) -> list[subprocess.Popen[str]]:
-    """`count` processes with as many devices in all, each with its own words; they find each other."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices // count), **environment}
-    if count > 1:
-        shared |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, one)],
-            env={**shared, "JAX_PROCESS_ID": str(index)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=HERE,
-        )
-        for index, one in enumerate(words)
-    ]
-
-
-def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """Exit code and last line on stderr of each; none outlives the test."""
-    try:
-        said = [process.communicate(timeout=SECONDS)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, text.strip()) for process, text in zip(processes, said, strict=True)]
 
 
 def together(folder: Path, count: int) -> list[dict]:
@@ -78,12 +42,6 @@ CHAIN = [
 ]
 
 
-def pod(out: Path, events: tuple[str, ...], **environment: str) -> list[tuple[int, str]]:
-    """Run the recipe of pod.py, by a process for each of the events."""
-    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "POSTTRAIN_HEARTBEAT_SECONDS": "10", **environment}
-    return ends(start(len(events), 2, [["pod.py", str(out), *filter(None, [one])] for one in events], **quick))
-
-
 def lines(folder: Path) -> list[dict]:
     """The log of a stage without what the clock says."""
     return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(folder / "metrics.jsonl")]
@@ -109,3 +67,27 @@ def test_two_hosts_that_are_stopped_killed_and_stuck_end_with_what_one_undisturb
     report = json.loads((out / "report.json").read_text())
     assert report["restarts"] == {"interrupted": 1, "killed": 2, "failed": 0}
     assert min(report["seconds"][phase] for phase in ("init", "sync", "recovery", "checkpoint", "wasted")) > 0
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All files of a folder, byte by byte."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_two_hosts_write_judge_compare_and_learn_from_answers_as_one_does(tmp_path):
+    whole, out, mesh = tmp_path / "whole", tmp_path / "out", meshes.make_mesh(devices=jax.devices()[:1])
+    with serving(reply=judged_or_answered) as server:
+        of = {"script": "pod_feedback.py", "ENDPOINT": server.url}
+        for folder, events in ((whole, ("",)), (out, ("", ""))):
+            server.requests.clear()
+            found = pod(folder, events, **of)
+            assert [code for code, _ in found] == [0] * len(events), found
+    asked = [f"{one['messages'][-1]['content']} {one['seed']}" for one in server.requests if "seed" in one]
+    assert asked and len(asked) == len(set(asked))
+    for data in ("generate/rows", "kept/rows", "compare/parts"):
+        assert files(out / data) == files(whole / data), data
+    for stage in ("prefer", "reward", "ppo", "ppo/critic"):
+        pairs = zip(checkpoint.leaves(out / stage, mesh), checkpoint.leaves(whole / stage, mesh), strict=True)
+        assert all(np.array_equal(ours, theirs) for (_, ours), (_, theirs) in pairs), stage
+    for stage in ("generate", "prefer", "reward", "kept", "ppo"):
+        assert lines(out / stage) == lines(whole / stage), stage
