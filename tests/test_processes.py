@@ -77,10 +77,9 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_two_hosts_write_judge_compare_and_learn_from_answers_as_one_does(tmp_path):
     whole, out, mesh = tmp_path / "whole", tmp_path / "out", meshes.make_mesh(devices=jax.devices()[:1])
     with serving(reply=judged_or_answered) as server:
-        of = {"script": "pod_feedback.py", "ENDPOINT": server.url}
         for folder, events in ((whole, ("",)), (out, ("", ""))):
             server.requests.clear()
-            found = pod(folder, events, **of)
+            found = pod(folder, events, script="pod_feedback.py", ENDPOINT=server.url)
             assert [code for code, _ in found] == [0] * len(events), found
     asked = [f"{one['messages'][-1]['content']} {one['seed']}" for one in server.requests if "seed" in one]
     assert asked and len(asked) == len(set(asked))
