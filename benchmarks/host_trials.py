@@ -7,7 +7,6 @@ loopback. A trial is a row: what happened, how the hosts left and what they said
 the models, the logs and the data are those of a run that nothing happened to.
 """
 
-import contextlib
 import os
 import re
 import signal
@@ -87,7 +86,7 @@ TRIALS = (
     Trial("kill -9 between DONE and clean-up", (Life(("kill@rl/cleaning", ""), (KILLED, AGAIN), "lost touch"), DONE)),
     Trial("a host hangs", (Life(("", "hang@check:4"), (AGAIN, AGAIN), "is stuck", stuck_after=6), DONE)),
     Trial("the first host's disk is full", (Life(("full@saving:3", ""), (FAILED, TOLD), "disk that holds"), DONE)),
-    Trial("another host's disk is full", (Life(("", "full@saving:3"), (TOLD, FAILED), "disk that holds"), DONE)),
+    Trial("another host's disk is full", (Life(("", "full@check:3"), (TOLD, FAILED), "disk that holds"), DONE)),
     Trial(
         "from two hosts to one",
         (Life(("", "SIGTERM@check:9"), (AGAIN, AGAIN), STOPPED), Life(("",), (0,), devices=1)),
@@ -161,7 +160,7 @@ def lived(trial: Trial, out: Path | str, environment: dict[str, str], server: An
             trial.server(server, number)
         of = {**environment, "STUCK_AFTER": str(life.stuck_after)}
         begin = time.monotonic()
-        found = local_hosts.pod(out, life.events, script=trial.script, devices=life.devices, **of)
+        found = local_hosts.pod(out, life.events, script=trial.script, devices=life.devices, environment=of)
         codes, said = tuple(code for code, _ in found), [text.splitlines()[-1:] for _, text in found]
         right = codes == life.codes and any(re.search(life.says, text) for _, text in found)
         print(f"    {codes} after {time.monotonic() - begin:.0f} s: {said}", flush=True)
@@ -175,7 +174,8 @@ def main(settings: Settings) -> None:
     compiled = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(place / "compiled")}
     expected: dict[str, Found] = {}
     rows = []
-    with chat_server.serving(reply=chat_server.judged_or_answered) as chat, contextlib.closing(_bucket()) as server:
+    with chat_server.serving(reply=chat_server.judged_or_answered) as chat, fake_bucket.running() as server:
+        os.environ.update(server.environment())
         environment = {**compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "ENDPOINT": chat.url}
         for number, trial in enumerate(TRIALS):
             if settings.only not in trial.what:
@@ -183,7 +183,7 @@ def main(settings: Settings) -> None:
             print(trial.what, flush=True)
             if trial.script not in expected:
                 whole = place / f"whole-{trial.script}"
-                local_hosts.pod(whole, ("",), script=trial.script, **environment)
+                local_hosts.pod(whole, BOTH, script=trial.script, environment=environment)
                 expected[trial.script] = read(whole)
             out = f"gs://any/runs/{number}" if trial.server is not None else place / f"trial-{number}"
             lives = list(lived(trial, out, environment, server))
@@ -195,13 +195,6 @@ def main(settings: Settings) -> None:
     print("\n".join(rows))
     if any(word in row for row in rows for word in ("DIFFERENT", "OTHER", "BUT")):
         sys.exit(f"not all is as it should be; look at {place}")
-
-
-def _bucket() -> Any:
-    server = fake_bucket.Bucket()
-    os.environ.update(server.environment())
-    server.close = server.shutdown
-    return server
 
 
 if __name__ == "__main__":

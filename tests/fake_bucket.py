@@ -4,6 +4,7 @@ https://cloud.google.com/storage/docs/json_api. Objects are in memory, whatever 
 """
 
 import base64
+import contextlib
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import re
 import threading
 import time
 import urllib.parse
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -42,6 +44,17 @@ class Bucket(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up is no error."""
+
+
+@contextlib.contextmanager
+def running() -> Iterator[Bucket]:
+    """A bucket until the end of the block."""
+    made = Bucket()
+    try:
+        yield made
+    finally:
+        made.shutdown()
+        made.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -4,15 +4,21 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import compiled_once
 
 HERE = Path(__file__).parent
 SECONDS = 600
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false"
+"""Quick to compile, and sums that do not depend on how many threads a process has."""
 
 
-def start(count: int, devices: int, words: list[list[str]], **environment: str) -> list[subprocess.Popen[str]]:
+def start(
+    count: int, devices: int, words: Sequence[Sequence[str]], environment: Mapping[str, str] = MappingProxyType({})
+) -> list[subprocess.Popen[str]]:
     """`count` processes with as many devices in all, each with its own words."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -47,9 +53,14 @@ def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
 
 
 def pod(
-    out: Path | str, events: tuple[str, ...], *, script: str = "pod.py", devices: int = 2, **environment: str
+    out: Path | str,
+    events: Sequence[str],
+    *,
+    script: str = "pod.py",
+    devices: int = 2,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> list[tuple[int, str]]:
     """Run the recipe of a script, by a process for each of the events; a space separates events of one process."""
-    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "POSTTRAIN_HEARTBEAT_SECONDS": "10"}
+    quick = {"XLA_FLAGS": XLA_FLAGS, "POSTTRAIN_HEARTBEAT_SECONDS": "10"}
     words = [[script, str(out), *one.split()] for one in events]
-    return ends(start(len(events), devices, words, **(quick | environment)))
+    return ends(start(len(events), devices, words, quick | dict(environment)))

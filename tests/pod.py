@@ -8,11 +8,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
+from typing import Any
 
 import compiled_once
 import jax
-from resumable import MIXED, Watch
+from resumable import MIXED, Watch, act
 from toy import Likes
 
 from posttrain.data.conversations import Demonstrations
@@ -55,40 +57,48 @@ def recipe(run: Run) -> str:
     return run("convert", Convert(source=student))
 
 
-def at(number: int, action: str) -> Callable[[], None]:
-    """What does something the Nth time that it is called."""
+def at(number: int, action: str) -> Callable[[], bool]:
+    """What does something the Nth time that it is called, and says whether it has."""
     passed = iter(range(1, sys.maxsize))
 
-    def call() -> None:
-        if next(passed) == number:
-            if action == "hang":
-                threading.Event().wait()
-            os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.Signals[action])
+    def call() -> bool:
+        if next(passed) != number:
+            return False
+        if action == "hang":
+            threading.Event().wait()
+        act(action)
+        return True
 
     return call
 
 
 def act_at_check(number: int, action: str) -> None:
     """Have this process do something in the middle of its work, where it looks whether it has to stop."""
-    act = at(number, action)
+    is_time = at(number, action)
 
     def check() -> None:
-        act()
+        is_time()
         stop.check_stop()
 
     loop.check_stop = rollout.check_stop = check
 
 
 def act_at_compile(number: int, action: str) -> None:
-    """Have it do something when the compiler is about to be called."""
-    act = at(number, action)
-    jax.monitoring.register_event_listener(lambda event, **_: act() if event == COMPILE else None)
+    """Have it do something in the middle of a compilation that takes twice as long as a stop waits for it."""
+    is_time = at(number, action)
+
+    def compiles(event: str, **_: Any) -> None:
+        if event == COMPILE and is_time():
+            time.sleep(2 * stop.LOSSLESS_SECONDS)
+
+    jax.monitoring.register_event_listener(compiles)
 
 
 def main(recipe: Callable[[Run], str]) -> None:
     """Run the recipe as the command line does."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     compiled_once.share()
+    loop.PACE_STEPS = 2  # the stages are short
     out, *events = sys.argv[1:]
     for each in events:
         action, _, event = each.partition("@")

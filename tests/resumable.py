@@ -64,7 +64,7 @@ class Watch:
         """See `sys.addaudithook`."""
         if name in ("open", "os.mkdir", "os.rename", "shutil.rmtree") and not self.acted and self._matches(name, args):
             self.acted = True
-            self._act()
+            act(self.action)
 
     def _matches(self, name: str, args: tuple) -> bool:
         path, writes = str(args[1 if name == "os.rename" else 0]), name != "open" or args[1] in ("w", "a", None)
@@ -82,11 +82,13 @@ class Watch:
         found = here is not None and writes and name == here[0] and path.endswith(here[1])
         return found and self.folder in path
 
-    def _act(self) -> None:
-        if self.action == "full":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        else:
-            os.kill(os.getpid(), signal.SIGKILL if self.action == "kill" else signal.Signals[self.action])
+
+def act(action: str) -> None:
+    """Do it to this process."""
+    if action == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    else:
+        os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.Signals[action])
 
 
 def main() -> None:
