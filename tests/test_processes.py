@@ -37,7 +37,7 @@ KILLED, AGAIN = -signal.SIGKILL, 75
 STOPPED, LOST = "stopped; what was done is saved", "host 1 .* lost touch with the others"
 CHAIN = [
     # what happens to the first and to the second host, how they end, and what each says last
-    (("", "SIGTERM@compile:1"), (AGAIN, AGAIN), ("stopped in the middle of a step: run the same command again",) * 2),
+    (("", "SIGTERM@compile:12"), (AGAIN, AGAIN), ("stopped in the middle of a step: run the same command again",) * 2),
     (("", "full@check:3"), (1, 2), ("host 1 .* failed: CheckpointError: the disk that holds", "the disk that holds")),
     (("", "SIGTERM@check:9"), (AGAIN, AGAIN), (STOPPED,) * 2),
     (("kill@saving:3", ""), (KILLED, AGAIN), ("", LOST)),
