@@ -1,9 +1,11 @@
 """What the benchmarks of learning share: a start for the tiny model, scores on held-out tasks, seeds, intervals."""
 
 import dataclasses
+import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -20,6 +22,22 @@ from posttrain.train.optimizer import AdamW
 from posttrain.train.sft import SFT
 
 COMPUTE = Compute(row_tokens=208, micro_rows=2, slots=128, save_every=1000)
+HELD_OUT = "held out"
+
+Measured = Mapping[str, Mapping[str, float]]
+"""Numbers by way of training and by name; all ways have the same names, the first of them `HELD_OUT`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Try a claim with several seeds and print a Markdown table."""
+
+    out: Path
+    """Where the runs are kept; what is there is not repeated, so that an interrupted try goes on."""
+    seeds: int = 3
+    """How many seeds, up to five."""
+    json: bool = False
+    """Print every number as JSON instead of the table."""
 
 
 def split(source: Characters) -> tuple[Split, Split]:
@@ -28,14 +46,16 @@ def split(source: Characters) -> tuple[Split, Split]:
     return train, held_out
 
 
-def demonstrated(tasks: Split, *, steps: int, seed: int, start: str = "tiny") -> SFT:
+def demonstrated(
+    tasks: Split, *, steps: int, seed: int, start: str = "tiny", learning_rate: float = 2e-3, batch_size: int = 24
+) -> SFT:
     """A model that has seen some demonstrations; its skill is a matter of `steps`."""
     return SFT(
         start=start,
         data=Demonstrations(tasks=tasks),
         steps=steps,
-        batch_size=24,
-        optimizer=AdamW(learning_rate=2e-3, warmup_steps=10),
+        batch_size=batch_size,
+        optimizer=AdamW(learning_rate=learning_rate, warmup_steps=10),
         compute=dataclasses.replace(COMPUTE, micro_rows=3),
         seed=seed,
     )
@@ -45,7 +65,8 @@ def accuracy(run: Training, name: str, model: str, tasks: Split, *, max_tokens: 
     """The share of held-out tasks that a model does right when it takes the likeliest tokens."""
     greedy = Sampling(max_tokens=max_tokens, temperature=0.0)
     asked = Evaluate(model=model, tasks=(tasks,), sampling=greedy, limit=256, compute=COMPUTE)
-    (score,) = evaluate.read(Path(run(f"eval-{name}", asked))).values()
+    folder = run("eval-" + name.replace(" ", "-").replace(",", ""), asked)
+    (score,) = evaluate.read(Path(folder)).values()
     return score.mean
 
 
@@ -53,22 +74,29 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t for a 95% interval, by the number of runs."""
 
 
-def interval(values: Sequence[float]) -> str:
+def interval(values: Sequence[float], *, percent: bool) -> str:
     """Mean of some runs with its 95% interval."""
+    say = (lambda x: f"{x:.1%}") if percent else (lambda x: f"{x:.3g}")
     mean, count = statistics.fmean(values), len(values)
     if count < 2:
-        return f"{mean:.1%}"
-    half = T95[count] * statistics.stdev(values) / math.sqrt(count)
-    return f"{mean:.1%} ± {half:.1%}"
+        return say(mean)
+    return f"{say(mean)} ± {say(T95[count] * statistics.stdev(values) / math.sqrt(count))}"
 
 
-def seeds(one: Callable[[Training, int], Mapping[str, float]], out: Path, count: int, *, against: str) -> None:
-    """Run an experiment with several seeds and print a Markdown table: each seed, the mean, the gain over `against`."""
-    jax.config.update("jax_compilation_cache_dir", str((out / ".compiled").resolve()))
-    found = [one(Training(out / f"seed-{seed}"), seed) for seed in range(count)]
-    print(f"\n| model | {' | '.join(f'seed {seed}' for seed in range(count))} | mean | minus {against}, pairwise |")
-    print("|---|" + "---|" * (count + 2))
-    for name in found[0]:
-        own = [scores[name] for scores in found]
-        gains = [scores[name] - scores[against] for scores in found]
-        print(f"| {name} | {' | '.join(f'{x:.1%}' for x in own)} | {interval(own)} | {interval(gains)} |")
+def seeds(one: Callable[[Training, int], Measured], settings: Settings, *, against: str) -> None:
+    """Run an experiment with several seeds and print each seed's held-out score, means, and gains over `against`."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", str((settings.out / ".compiled").resolve()))
+    found = [one(Training(settings.out / f"seed-{seed}"), seed) for seed in range(settings.seeds)]
+    if settings.json:
+        print(json.dumps(found, indent=2))
+        return
+    further = [name for name in found[0][against] if name != HELD_OUT]
+    heads = [*(f"seed {seed}" for seed in range(settings.seeds)), HELD_OUT, f"minus {against}, pairwise", *further]
+    print(f"\n| | {' | '.join(heads)} |\n|---|" + "---|" * len(heads))
+    for way in found[0]:
+        own = [scores[way][HELD_OUT] for scores in found]
+        gains = [scores[way][HELD_OUT] - scores[against][HELD_OUT] for scores in found]
+        cells = [f"{x:.1%}" for x in own] + [interval(own, percent=True), interval(gains, percent=True)]
+        cells += [interval([scores[way][name] for scores in found], percent=False) for name in further]
+        print(f"| {way} | {' | '.join(cells)} |")
