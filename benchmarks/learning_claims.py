@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 import tyro
-from tiny_runs import COMPUTE, HELD_OUT, Measured, Settings, accuracy, demonstrated, seeds, split
+from tiny_runs import COMPUTE, HELD_OUT, Measured, Settings, accuracy, demonstrated, pretrained, seeds, slug, split
 
 from posttrain.data.characters import Characters
 from posttrain.launch.recipe import Training
@@ -31,6 +31,8 @@ from posttrain.train.teaching import FullVocabulary
 
 TASKS = Characters(operation="reverse")
 TRAIN, ASKED = split(TASKS)
+START = 5  # steps of demonstrations
+FEW, MANY = split(TASKS, 0.95)  # 23 strings to learn from
 SHARED: dict[str, Any] = {"tasks": TRAIN, "sampling": Sampling(max_tokens=8), "compute": COMPUTE, "prompts": 16}
 
 
@@ -42,14 +44,9 @@ class Claim(Settings):
     """Which claim."""
 
 
-def started(run: Training, seed: int, steps: int = 85) -> str:
-    """A model that has seen some demonstrations and solves part of the tasks."""
-    return run("start", demonstrated(TRAIN, steps=steps, seed=seed))
-
-
-def scored(run: Training, name: str, model: str) -> float:
-    """Share of held-out tasks that greedy answers solve."""
-    return accuracy(run, name, model, ASKED, max_tokens=8)
+def started(run: Training, seed: int) -> str:
+    """A model that has seen a few demonstrations and solves some of the tasks."""
+    return run("start", demonstrated(TRAIN, start=pretrained(run, seed), steps=START, seed=seed))
 
 
 def rewards(folder: str) -> np.ndarray:
@@ -81,10 +78,10 @@ def distill(run: Training, seed: int) -> Measured:
     copied = run("distill", student)
     slow, fast = first_at(earned, level), first_at(rewards(copied), level)
     return {
-        "start": {HELD_OUT: scored(run, "start", start), "steps": 0.0, "times fewer": float("nan")},
-        "RL, the teacher": {HELD_OUT: scored(run, "rl", teacher), "steps": slow, "times fewer": 1.0},
+        "start": {HELD_OUT: accuracy(run, "start", start, ASKED), "steps": float("nan"), "times fewer": float("nan")},
+        "RL, the teacher": {HELD_OUT: accuracy(run, "rl", teacher, ASKED), "steps": slow, "times fewer": 1.0},
         "on-policy distillation": {
-            HELD_OUT: scored(run, "distill", copied), "steps": fast, "times fewer": slow / fast,
+            HELD_OUT: accuracy(run, "distill", copied, ASKED), "steps": fast, "times fewer": slow / fast,
         },
     }  # fmt: skip
 
@@ -120,16 +117,16 @@ def mismatch(run: Training, seed: int) -> Measured:
         "noisy, sequences at 2": (0.25, correction.TruncatedSequence()),
     }
     nothing = {"mismatch": 0.0, "outside": 0.0}
-    found = {"start": {HELD_OUT: scored(run, "start", start), **nothing}}
+    found = {"start": {HELD_OUT: accuracy(run, "start", start, ASKED), **nothing}}
     for name, (noise, way) in ways.items():
         stage = Noisy(
             start=start, noise=noise, steps=60, group=8, seed=seed,
             objective=dataclasses.replace(plan, correction=way), optimizer=AdamW(learning_rate=8e-4), **SHARED,
         )  # fmt: skip
-        folder = run(name.replace(" ", "-").replace(",", ""), stage)
+        folder = run(slug(name), stage)
         lines = [line for line in metrics.read(Path(folder) / "metrics.jsonl") if "mismatch" in line]
         found[name] = {
-            HELD_OUT: scored(run, name, folder),
+            HELD_OUT: accuracy(run, name, folder, ASKED),
             "mismatch": float(np.mean([line["mismatch"] for line in lines])),
             "outside": float(np.mean([line["mismatch_outside"] for line in lines])),
         }
@@ -137,14 +134,13 @@ def mismatch(run: Training, seed: int) -> Measured:
 
 
 def average(run: Training, seed: int) -> Measured:
-    """SFT on the same data at a high and a low learning rate, and the mean of the two."""
-    start = started(run, seed, steps=20)
-    models = {"start": start}
-    for name, rate in (("high", 3e-3), ("low", 1e-3)):
-        lessons = demonstrated(TRAIN, start=start, steps=60, seed=seed + 100, learning_rate=rate)
-        models[name] = run(name, lessons)
+    """SFT on the same few demonstrations at a high and a low learning rate, and the mean of the two."""
+    models = {"start": pretrained(run, seed)}
+    for name, rate in (("high", 2e-3), ("low", 1e-3)):
+        adam = AdamW(learning_rate=rate, warmup_steps=5, schedule="linear")
+        models[name] = run(name, demonstrated(FEW, start=models["start"], steps=60, seed=seed, optimizer=adam))
     models["average"] = run("average", Linear(models=(models["high"], models["low"])))
-    return {name: {HELD_OUT: scored(run, name, path)} for name, path in models.items()}
+    return {name: {HELD_OUT: accuracy(run, name, path, MANY)} for name, path in models.items()}
 
 
 CLAIMS: dict[str, tuple[Callable[[Training, int], Measured], str]] = {

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import jax
 
 from posttrain.data.characters import Characters
 from posttrain.data.conversations import Demonstrations
-from posttrain.data.tasks import Split
+from posttrain.data.task import TaskSource
+from posttrain.data.tasks import Mixture, Split
 from posttrain.launch.recipe import Training
 from posttrain.model.processing import Sampling
 from posttrain.train import evaluate
@@ -23,6 +25,7 @@ from posttrain.train.sft import SFT
 
 COMPUTE = Compute(row_tokens=208, micro_rows=2, slots=128, save_every=1000)
 HELD_OUT = "held out"
+PRETRAINED, OTHERS = 200, ("copy", "rotate", "double", "sort")
 
 Measured = Mapping[str, Mapping[str, float]]
 """Numbers by way of training and by name; all ways have the same names, the first of them `HELD_OUT`."""
@@ -40,34 +43,48 @@ class Settings:
     """Print every number as JSON instead of the table."""
 
 
-def split(source: Characters) -> tuple[Split, Split]:
-    """The tasks to train on, and 30% to ask."""
-    train, held_out = (Split(source=source, part=part, fraction=0.3) for part in ("train", "held_out"))
+def split(source: Characters, fraction: float = 0.3) -> tuple[Split, Split]:
+    """The tasks to train on, and a fraction of them to ask."""
+    train, held_out = (Split(source=source, part=part, fraction=fraction) for part in ("train", "held_out"))
     return train, held_out
 
 
-def demonstrated(
-    tasks: Split, *, steps: int, seed: int, start: str = "tiny", learning_rate: float = 2e-3, batch_size: int = 24
-) -> SFT:
+def demonstrated(tasks: TaskSource, *, start: str, steps: int, seed: int, optimizer: AdamW | None = None) -> SFT:
     """A model that has seen some demonstrations; its skill is a matter of `steps`."""
     return SFT(
         start=start,
         data=Demonstrations(tasks=tasks),
         steps=steps,
-        batch_size=batch_size,
-        optimizer=AdamW(learning_rate=learning_rate, warmup_steps=10),
+        batch_size=24,
+        optimizer=optimizer or AdamW(learning_rate=1e-3, warmup_steps=5),
         compute=dataclasses.replace(COMPUTE, micro_rows=3),
         seed=seed,
     )
 
 
-def accuracy(run: Training, name: str, model: str, tasks: Split, *, max_tokens: int) -> float:
-    """The share of held-out tasks that a model does right when it takes the likeliest tokens."""
-    greedy = Sampling(max_tokens=max_tokens, temperature=0.0)
-    asked = Evaluate(model=model, tasks=(tasks,), sampling=greedy, limit=256, compute=COMPUTE)
-    folder = run("eval-" + name.replace(" ", "-").replace(",", ""), asked)
+def pretrained(run: Training, seed: int) -> str:
+    """A model that does other things with letters, and so learns a new one as a pretrained one does: gradually."""
+    sources = tuple(split(Characters(operation=name))[0] for name in OTHERS)
+    others = Mixture(sources=sources, weights=(1.0,) * len(sources), size=4096)
+    adam = AdamW(learning_rate=2e-3, warmup_steps=10)
+    return run("pretrained", demonstrated(others, start="tiny", steps=PRETRAINED, seed=seed, optimizer=adam))
+
+
+def accuracy(
+    run: Training, name: str, model: str, tasks: Split, *, max_tokens: int = 8, temperature: float = 0.0
+) -> float:
+    """The share of held-out tasks that a model does right: the likeliest answers, or four that are drawn."""
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
+    times = 4 if temperature else 1
+    asked = Evaluate(model=model, tasks=(tasks,) * times, sampling=sampling, limit=256, compute=COMPUTE)
+    folder = run(f"eval-{temperature:g}-{slug(name)}", asked)
     (score,) = evaluate.read(Path(folder)).values()
     return score.mean
+
+
+def slug(name: str) -> str:
+    """A way of training as the name of a stage."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name)
 
 
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -75,12 +92,13 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
 def interval(values: Sequence[float], *, percent: bool) -> str:
-    """Mean of some runs with its 95% interval."""
+    """Mean of some runs with its 95% interval; of those that have the number, if some have not (nan)."""
     say = (lambda x: f"{x:.1%}") if percent else (lambda x: f"{x:.3g}")
-    mean, count = statistics.fmean(values), len(values)
-    if count < 2:
-        return say(mean)
-    return f"{say(mean)} ± {say(T95[count] * statistics.stdev(values) / math.sqrt(count))}"
+    known = [x for x in values if not math.isnan(x)]
+    if not known:
+        return "-"
+    half = f" ± {say(T95[len(known)] * statistics.stdev(known) / math.sqrt(len(known)))}" if len(known) > 1 else ""
+    return f"{say(statistics.fmean(known))}{half}" + (f" ({len(known)} runs)" if len(known) < len(values) else "")
 
 
 def seeds(one: Callable[[Training, int], Measured], settings: Settings, *, against: str) -> None:

@@ -257,7 +257,7 @@ class _Run:
         step = cursor["iteration"]
         groups, sampled = self._collect(models.policy.params, step, log)
         rollout.write(self.out / "rollouts", step, groups, self.tokenizer.decode)
-        with log.phase("score"):
+        with log.phase("teacher"):
             minibatches, estimated = self._estimate(models, groups)
         with log.phase("train"):
             models, learned = self._learn(models, minibatches, step)

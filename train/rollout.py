@@ -83,7 +83,7 @@ class Sampler:
         ]
         if self.score is None:
             return groups
-        with self.log.phase("reward"):
+        with self.log.phase("verify"):
             return rewarded(groups, self.score(model, groups))
 
     def generations(

@@ -139,7 +139,7 @@ class Agreement(Schedule):
         groups = [preferences.group(tokenizer, one) for one in rankings]
 
         def score(state: Any, log: Log) -> float:
-            with log.phase("validate"):
+            with log.phase("verify"):
                 found = iter(scores(state.params, groups).tolist())
                 return float(np.mean([agreement(one.scores, [next(found) for _ in one.scores]) for one in rankings]))
 
