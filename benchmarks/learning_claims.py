@@ -31,7 +31,7 @@ from posttrain.train.teaching import FullVocabulary
 
 TASKS = Characters(operation="reverse")
 TRAIN, ASKED = split(TASKS)
-START = 5  # steps of demonstrations
+START, EARLY = 5, 3  # steps of demonstrations
 FEW, MANY = split(TASKS, 0.95)  # 23 strings to learn from
 SHARED: dict[str, Any] = {"tasks": TRAIN, "sampling": Sampling(max_tokens=8), "compute": COMPUTE, "prompts": 16}
 
@@ -44,9 +44,9 @@ class Claim(Settings):
     """Which claim."""
 
 
-def started(run: Training, seed: int) -> str:
+def started(run: Training, seed: int, steps: int = START) -> str:
     """A model that has seen a few demonstrations and solves some of the tasks."""
-    return run("start", demonstrated(TRAIN, start=pretrained(run, seed), steps=START, seed=seed))
+    return run(f"start-{steps}", demonstrated(TRAIN, start=pretrained(run, seed), steps=steps, seed=seed))
 
 
 def rewards(folder: str) -> np.ndarray:
@@ -63,27 +63,31 @@ def first_at(values: np.ndarray, level: float) -> float:
 
 def distill(run: Training, seed: int) -> Measured:
     """RL makes a teacher; the same start is distilled from it. Steps until 95% of the gain in sampled reward."""
-    start = started(run, seed)
-    plan = objective.olmo(rounds=1)
-    learner = RL(
-        start=start, steps=120, group=8, objective=plan, optimizer=AdamW(learning_rate=4e-4), seed=seed, **SHARED
-    )
-    teacher = run("rl", learner)
-    earned = rewards(teacher)
-    level = earned[0] + 0.95 * (np.mean(earned[-10:]) - earned[0])
-    student = Distill(
-        start=start, teachers={TASKS.domain: teacher}, steps=40, samples=8, objective=FullVocabulary(),
-        optimizer=AdamW(learning_rate=8e-4), seed=seed, **SHARED,
-    )  # fmt: skip
-    copied = run("distill", student)
-    slow, fast = first_at(earned, level), first_at(rewards(copied), level)
-    return {
-        "start": {HELD_OUT: accuracy(run, "start", start, ASKED), "steps": float("nan"), "times fewer": float("nan")},
-        "RL, the teacher": {HELD_OUT: accuracy(run, "rl", teacher, ASKED), "steps": slow, "times fewer": 1.0},
-        "on-policy distillation": {
-            HELD_OUT: accuracy(run, "distill", copied, ASKED), "steps": fast, "times fewer": slow / fast,
-        },
-    }  # fmt: skip
+    found: dict[str, dict[str, float]] = {}
+    for lessons, steps in ((START, 120), (EARLY, 240)):
+        of = f"after {lessons} steps of demonstrations"
+        start = started(run, seed, lessons)
+        plan = objective.olmo(rounds=1)
+        learner = RL(
+            start=start, steps=steps, group=8, objective=plan, optimizer=AdamW(learning_rate=4e-4), seed=seed, **SHARED
+        )
+        teacher = run(f"rl-{lessons}", learner)
+        earned = rewards(teacher)
+        level = earned[0] + 0.95 * (np.mean(earned[-10:]) - earned[0])
+        student = Distill(
+            start=start, teachers={TASKS.domain: teacher}, steps=60, samples=8, objective=FullVocabulary(),
+            optimizer=AdamW(learning_rate=8e-4), seed=seed, **SHARED,
+        )  # fmt: skip
+        copied = run(f"distill-{lessons}", student)
+        slow, fast = first_at(earned, level), first_at(rewards(copied), level)
+        for way, model, taken in (
+            ("start", start, float("nan")),
+            ("RL, the teacher", teacher, slow),
+            ("on-policy distillation", copied, fast),
+        ):
+            name = f"{way}, {of}"
+            found[name] = {HELD_OUT: accuracy(run, name, model, ASKED), "steps": taken, "times fewer": slow / taken}
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +148,7 @@ def average(run: Training, seed: int) -> Measured:
 
 
 CLAIMS: dict[str, tuple[Callable[[Training, int], Measured], str]] = {
-    "distill": (distill, "RL, the teacher"),
+    "distill": (distill, f"RL, the teacher, after {START} steps of demonstrations"),
     "mismatch": (mismatch, "noisy, uncorrected"),
     "average": (average, "high"),
 }
