@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import tyro
-from tiny_runs import COMPUTE, HELD_OUT, Measured, Settings, accuracy, demonstrated, pretrained, seeds, slug, split
+from tiny_runs import COMPUTE, HELD_OUT, Measured, Settings, accuracy, pretrained, seeds, slug, split, taught
 
 from posttrain.data.characters import Characters
 from posttrain.data.conversations import Files
@@ -25,7 +25,7 @@ from posttrain.train.prefer import DPO, LengthNormalizedDPO, Prefer
 from posttrain.train.sft import SFT
 
 TRAIN, ASKED = split(Characters(operation="reverse"))
-WEAK, START, STRONG = 12, 10, 20  # steps of demonstrations, each after those before
+LEVELS = {"weak": 0.2, "start": 0.7, "strong": 0.95}  # shares of drawn answers that are right
 STEPS, BATCH = 30, 24
 
 
@@ -39,10 +39,7 @@ def pairs(chosen: str, rejected: str, seed: int) -> Compare:
 
 def one(run: Training, seed: int) -> Measured:
     """Held-out accuracy of every model of one seed."""
-    models: dict[str, str] = {}
-    for name, steps in {"weak": WEAK, "start": START, "strong": STRONG}.items():
-        before = next(reversed(models.values())) if models else pretrained(run, seed)
-        models[name] = run(name, demonstrated(TRAIN, start=before, steps=steps, seed=seed))
+    models = taught(run, pretrained(run, seed), (TRAIN, ASKED), levels=LEVELS, seed=seed)
     shared: dict[str, Any] = {
         "start": models["start"], "steps": STEPS, "batch_size": BATCH, "compute": COMPUTE, "seed": seed,
     }  # fmt: skip
@@ -50,7 +47,7 @@ def one(run: Training, seed: int) -> Measured:
         compared = run(f"pairs-{better}", pairs(models[better], models["weak"], seed))
         chosen, ranked = Files(paths=(f"{compared}/{BEST}",)), Rankings(paths=(f"{compared}/{RANKINGS}",))
         adam = AdamW(learning_rate=5e-4, schedule="linear", warmup_steps=4)
-        gentle = replace(adam, learning_rate=2e-4)
+        gentle = replace(adam, learning_rate=1e-4)
         ways = {
             "SFT on chosen": SFT(data=chosen, optimizer=adam, **shared),
             "DPO": Prefer(data=ranked, objective=DPO(beta=0.1), optimizer=gentle, **shared),

@@ -87,6 +87,22 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", name)
 
 
+def taught(run: Training, start: str, tasks: tuple[Split, Split], *, levels: Mapping[str, float], seed: int) -> dict:
+    """Models by name that do ever more of the tasks: two steps of demonstrations at a time until a level is reached.
+
+    A level is the share of drawn answers to the held-out tasks, the second of `tasks`, that are right.
+    """
+    found: dict[str, str] = {}
+    model, now, turn = start, 0.0, 0
+    for name, level in levels.items():
+        while now < level and turn < 40:
+            turn += 1
+            model = run(f"lesson-{turn}", demonstrated(tasks[0], start=model, steps=2, seed=100 * seed + turn))
+            now = accuracy(run, f"lesson-{turn}", model, tasks[1], temperature=1.0)
+        found[name] = model
+    return found
+
+
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t for a 95% interval, by the number of runs."""
 
