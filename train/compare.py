@@ -105,7 +105,7 @@ class Compare:
                 if not hosts.from_first(part.exists):
                     tasks = [self.tasks[i] for i in range(start, min(start + self.block, starts.stop))]
                     groups = self._answered(sampler, hosted, tokenizer, tasks, number)
-                    with log.phase("reward"):
+                    with log.phase("verify"):
                         scores = score(checkpoint.Model(*hosted(self.models[0]), tokenizer), groups)
                     hosted.leave()
                     _write(part, _ranked(groups, scores, tokenizer, self.unfinished))

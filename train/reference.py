@@ -68,7 +68,7 @@ class Reference:
                 file = folder / f"{number:06d}.npz"
                 if not hosts.from_first(file.exists):
                     check_stop()
-                    with log.phase("reference"):
+                    with log.phase("teacher"):
                         _store(file, _score(model, [groups(i) for i in numbers], compute, mesh), numbers)
                     bucket.refresh()  # one host writes, all read
                 self._found |= _read(file, numbers)

@@ -81,7 +81,7 @@ class Sampler:
         ]
         if self.score is None:
             return groups
-        with self.log.phase("reward"):
+        with self.log.phase("verify"):
             return rewarded(groups, self.score(model, groups))
 
     def judged(self, answers: Sequence[tuple[Task, T]], text: Callable[[T], str]) -> list[Verdict]:
