@@ -68,8 +68,7 @@ def main(
             kept = Training(out)("kept", Curate(rows=(str(folder),), filters=filters))
     for one in funnels.read(out, ["kept"]):
         console.print(report.funnel_table(one))
-    count = len(shards.read_rows(kept))
-    console.print(f"{count} rows are kept: {Path(kept) / 'rows'}", soft_wrap=True, highlight=False)
+    console.print(f"{shards.count_rows(kept)} rows are kept: {Path(kept) / 'rows'}", soft_wrap=True, highlight=False)
 
 
 def teacher(word: str, endpoint: Mapping[str, Any]) -> tuple[str, Teacher]:

@@ -16,10 +16,10 @@ their own domains, the generalist 99, 98 and 100%, and 100% of all after the las
 from typing import Literal
 
 from ...data.conversations import Rows
-from ...data.filters import contamination, duplicates, outcome, repetition
+from ...data.filters import duplicates, outcome
 from ...data.filters.funnel import Filter
 from ...data.task import TaskSource
-from ...data.tasks import Mixture, Split
+from ...data.tasks import Mixture
 from ...train.answers import Local
 from ...train.convert import Convert
 from ...train.curate import Curate
@@ -31,16 +31,11 @@ from ..comparison import Comparison, Entry
 from ..recipe import Run
 from . import engine_scales
 
-HELD_OUT = 0.3
-
 
 def filters(held_out: tuple[TaskSource, ...], keep: int) -> tuple[Filter, ...]:
     """What a specialist's answer has to pass, in this order."""
     return (
-        outcome.Finished(),
-        outcome.Verified(),
-        repetition.RepeatedPhrases(),
-        contamination.Decontaminated(evaluations=held_out),
+        *engine_scales.sound(held_out),
         duplicates.NearDuplicateResponses(),
         outcome.ShortestCorrect(count=keep),
     )
@@ -57,9 +52,7 @@ def recipe(
             with.
     """
     scale = engine_scales.SCALES[base]
-    train = {one.domain: Split(source=one, part="train", fraction=HELD_OUT) for one in scale.domains}
-    held_out = tuple(Split(source=one, part="held_out", fraction=HELD_OUT) for one in scale.domains)
-    prompts = tuple(train.values())
+    prompts, held_out = engine_scales.parts(scale.domains)
 
     def score(name: str, model: str) -> str:
         return run(f"eval-{name}", Evaluate(model=model, tasks=held_out, **scale.evaluate))
@@ -68,9 +61,10 @@ def recipe(
     entries = [Entry("start", score("start", start), ())]
 
     specialists: dict[str, str] = {}
-    for domain, tasks in train.items():
-        specialists[domain] = run(f"specialist-{domain}", RL(start=start, tasks=tasks, **scale.rl))
-        entries.append(Entry(f"specialist-{domain}", score(domain, specialists[domain]), (specialists[domain],)))
+    for tasks in prompts:
+        model = run(f"specialist-{tasks.domain}", RL(start=start, tasks=tasks, **scale.rl))
+        entries.append(Entry(f"specialist-{tasks.domain}", score(tasks.domain, model), (model,)))
+        specialists[tasks.domain] = model
 
     teachers = {domain: Local(model=model) for domain, model in specialists.items()}
     generated = run("generated", Generate(prompts=prompts, teachers=teachers, **scale.generate))

@@ -19,10 +19,9 @@ from typing import Literal
 
 from ...data.conversations import Rows
 from ...data.endpoint import Endpoint
-from ...data.filters import contamination, outcome, repetition, wording
+from ...data.filters import outcome, wording
 from ...data.filters.funnel import Filter
 from ...data.task import TaskSource
-from ...data.tasks import Split
 from ...train import merge
 from ...train.answers import Local
 from ...train.convert import Convert
@@ -34,21 +33,14 @@ from ..comparison import Comparison, Entry
 from ..recipe import Run
 from . import engine_scales
 
-HELD_OUT = 0.3
-
 
 def filters(held_out: tuple[TaskSource, ...], keep: int) -> tuple[Filter, ...]:
     """What a row has to pass, in this order: section 4.2.1 and appendix A.7."""
     return (
-        outcome.Finished(),
-        outcome.Verified(),
-        repetition.RepeatedSentences(),
-        repetition.RepeatedParagraphs(),
-        repetition.RepeatedPhrases(),
+        *engine_scales.sound(held_out),
         wording.Refusals(),
         wording.Identity(),
         wording.KnowledgeDates(),
-        contamination.Decontaminated(evaluations=held_out),
         outcome.ShortestCorrect(count=keep),
     )
 
@@ -75,8 +67,7 @@ def recipe(
         seeds: how often the models are trained, on other orders of the data; 3 for "tiny" and 1 for others unless told.
     """
     scale = engine_scales.SCALES[base]
-    prompts = tuple(Split(source=one, part="train", fraction=HELD_OUT) for one in scale.domains)
-    held_out = tuple(Split(source=one, part="held_out", fraction=HELD_OUT) for one in scale.domains)
+    prompts, held_out = engine_scales.parts(scale.domains)
     seeds = (3 if base == "tiny" else 1) if seeds is None else seeds
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}: train with at least one")
