@@ -5,14 +5,18 @@ Runs inside a sandbox, in the interpreter that is fenced, with the standard libr
 all that it will start, and cannot be undone.
 """
 
+from __future__ import annotations
+
 import ctypes
 import errno
 import os
-import platform
 import resource
 import struct
 import sys
-from collections.abc import Sequence
+
+TYPE_CHECKING = False  # importing typing and collections.abc for annotations would be a tenth of a sandbox's start
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -61,7 +65,7 @@ def landlock_version() -> int:
 
 def has_seccomp() -> bool:
     """Whether system calls can be filtered here: Linux on a processor whose calls the table above has."""
-    return sys.platform.startswith("linux") and platform.machine() in _ARCHITECTURES
+    return sys.platform.startswith("linux") and os.uname().machine in _ARCHITECTURES
 
 
 def allow_files(*, readable: Sequence[str], writable: Sequence[str]) -> None:
@@ -99,7 +103,7 @@ def _allow(ruleset: int, path: str, access: int) -> None:
 
 def filter_calls(*, signals: bool) -> None:
     """From here on no sockets, no look into other processes, no namespaces; without `signals`, no signals either."""
-    column, architecture = _ARCHITECTURES[platform.machine()]
+    column, architecture = _ARCHITECTURES[os.uname().machine]
     denied = [numbers[column] for numbers in (_DENIED | ({} if signals else _SIGNALS)).values()]
     no_permission, no_such_call = _FAIL | errno.EPERM, _FAIL | errno.ENOSYS
     program = [
