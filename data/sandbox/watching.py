@@ -165,13 +165,12 @@ def _children(process: int) -> list[int]:
 
 
 def _resident(process: int) -> int:
-    """Bytes of memory that only a process has, roughly: its resident pages but those shared with files."""
+    """Bytes of a process's resident memory but for files; what processes share counts for each of them."""
     try:
-        with open(f"/proc/{process}/statm", encoding="ascii") as file:
-            _, resident, shared, *_ = map(int, file.read().split())
-    except (OSError, ValueError):
+        with open(f"/proc/{process}/status", encoding="utf-8", errors="replace") as file:
+            return sum(int(line.split()[1]) << 10 for line in file if line.startswith(("RssAnon:", "RssShmem:")))
+    except OSError:
         return 0
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _stored(folder: str) -> int:

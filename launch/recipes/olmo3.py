@@ -64,11 +64,11 @@ def recipe(
             given.
         endpoint_model: the model's name there.
         key_variable: name of the environment variable with the endpoint's key.
-        seeds: how often the models are trained, on other orders of the data; unless told 3, and 1 for large shapes.
+        seeds: how often the models are trained, on other orders of the data; unless told 3 for "tiny", else 1.
     """
     scale = engine_scales.SCALES[base]
     prompts, held_out = engine_scales.parts(scale.domains)
-    seeds = (3 if base in ("tiny", "smollm2") else 1) if seeds is None else seeds
+    seeds = (3 if base == "tiny" else 1) if seeds is None else seeds
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}: train with at least one")
 
