@@ -9,7 +9,9 @@ After Olmo 3 Think (https://arxiv.org/abs/2512.13961, section 4.2):
     high, low --mean--> average
 
 The teacher is any OpenAI-compatible endpoint, or a stronger checkpoint on the mesh. Evaluated are the start, the
-teacher, both parents and their average. (The paper compares the average with neither parent.)
+teacher, both parents and their average. (The paper compares the average with neither parent.) The paper's prompts are
+millions, of maths, code, chat, safety and more, with a teacher for each; here they are three sources of tasks that a
+program judges, of a few hundred prompts at the tiny scale, and one teacher.
 
 On the tiny base (3 minutes on 2 busy cores, three seeds) the mean over three domains of held-out prompts is 41% at the
 start, 91% for the teacher, 97% at the high rate, 78% at the low one and 90% for their average: here it gains nothing.
