@@ -11,8 +11,8 @@ After https://arxiv.org/abs/2512.02556, section 3:
 The paper has six domains (and writing and general questions), each with and without thinking, "large-scale" RL for
 every specialist, thousands of steps of mixed RL, and for the general agent 1,827 synthesised environments with 4,417
 tasks. Here a domain is a source of tasks that a program judges. There are three, and each of their prompts (the tiny
-base: some 350 of 512 strings of three letters) is used as the paper uses its environments, by the domain's specialist and
-again in the mixed stage. No thinking, no tools: what stays is the order of the stages, and who writes whose data.
+base: some 350 of 512 strings of three letters) is used as the paper uses its environments, by the domain's specialist
+and again in the mixed stage. No thinking, no tools: what stays is the order of the stages, and who writes whose data.
 
 The claim to look at: the generalist is marginally below each specialist in its domain, and the last stage closes the
 gap. On the tiny base (a minute or two on 2 cores, one seed) specialists reach 98, 96 and 83% of the held-out prompts of
