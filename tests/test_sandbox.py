@@ -69,6 +69,22 @@ print(__name__, len({"a", "b"}), hash("the same every time") % 7)
     assert once.stdout == again.stdout and once.stdout.splitlines()[-1].startswith("__main__ 2 ")
 
 
+def test_a_program_ends_as_it_would_anywhere(sandbox):
+    source = """
+import atexit, sys, threading, time
+atexit.register(print, "at exit")
+threading.Thread(target=lambda: (time.sleep(0.05), print("thread"))).start()
+kept = open(1, "w", closefd=False)
+kept.write("not closed")
+class Last:
+    def __del__(self): print("del", file=sys.stderr)
+last = Last()
+print("end")
+"""
+    done = sandbox.run(Program(source=source))[0]
+    assert (done.code, done.stdout, done.stderr) == (0, "end\nthread\nat exit\nnot closed", "del\n")
+
+
 def test_packages_are_read_where_they_are_asked_for(sandbox):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -136,7 +136,7 @@ def bubblewrap(
     for path, size in (("/tmp", disk), ("/dev/shm", min(disk, 16 << 20))):  # the sandbox's own
         command += ["--perms", "1777", "--size", str(size), "--tmpfs", path]
     for path in (*_SETTINGS, _prefix(python), *readable):
-        if not path.startswith("/usr/"):
+        if not f"{path}/".startswith("/usr/"):
             for folder in reversed(Path(path).parents[:-1]):  # made by a bind, they would be open to root alone
                 command += ["--dir", str(folder)]
             command += ["--ro-bind-try", path, path]
