@@ -4,7 +4,7 @@ but a scorer may.
 
 import itertools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +13,7 @@ import jax
 
 from ..data import pairs as preferences
 from ..data import shards, streams
-from ..data.filters.funnel import Filter, Sieve, Step
+from ..data.filters.funnel import Dropped, Filter, Sieve, Step
 from ..data.row import Row
 from ..data.shard_folder import Format
 from . import programs
@@ -58,6 +58,7 @@ class Curate:
         if (out / "rows").exists():
             return
         nothing = out / "nothing-kept"
+        sieve, best = Sieve(self.filters), Sieve(self.best)
         with Log(out, title=out.name, total=1) as log, log.phase("filter"):
             shutil.rmtree(nothing, ignore_errors=True)
             writer = shards.RowWriter(
@@ -67,25 +68,29 @@ class Curate:
                 rows_per_shard=self.rows_per_shard,
                 format=self.format,
             )
-            steps = self._filter(writer, mesh)
-            kept, dropped = writer.counts.rows.total(), writer.counts.dropped
-            writer.publish(steps, folder=None if kept else nothing)
-            log.write(1, {"rows": kept + dropped, "kept": kept})
-        if not kept:
-            raise ValueError(_nothing_left(nothing, dropped, steps))
+            num_rows = num_kept = 0
+            for kept, dropped in self._sifted(sieve, best, mesh):
+                writer.add(kept, dropped)
+                num_kept += len(kept)
+                num_rows += len(kept) + len(dropped)
+            steps = (*sieve.steps(), *best.steps(sieve.domains))
+            writer.publish(steps, folder=None if num_kept else nothing)
+            log.write(1, {"rows": num_rows, "kept": num_kept})
+        if not num_kept:
+            raise ValueError(_nothing_left(nothing, num_rows, steps))
 
-    def _filter(self, writer: shards.RowWriter, mesh: jax.sharding.Mesh | None) -> tuple[Step, ...]:
-        """Write what becomes of all rows, batch by batch; what each filter did."""
-        sieve, best = Sieve(self.filters), Sieve(self.best)
-        scores = self.scorer.open(mesh) if self.scorer else None
+    def _sifted(
+        self, sieve: Sieve, best: Sieve, mesh: jax.sharding.Mesh | None
+    ) -> Iterator[tuple[list[Row], list[Dropped]]]:
+        """What is kept of each batch of prompts, and what is dropped."""
+        score = self.scorer.open(mesh) if self.scorer else None
         rows = streams.merged(*map(shards.scan_rows, self.rows))
         for batch in streams.batches(rows, size=self.rows_per_shard):
             kept, dropped = sieve(batch)
-            if scores and kept:
-                kept = [replace(row, reward=float(x)) for row, x in zip(kept, scores(kept), strict=True)]
+            if score and kept:
+                kept = [replace(row, reward=float(x)) for row, x in zip(kept, score(kept), strict=True)]
             kept, others = best(kept)
-            writer.add(kept, (*dropped, *others))
-        return (*sieve.steps(), *best.steps(sieve.domains))
+            yield kept, [*dropped, *others]
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
         """Nothing is compiled."""
@@ -96,10 +101,10 @@ class Curate:
         return None
 
 
-def _nothing_left(folder: Path, dropped: int, steps: Sequence[Step]) -> str:
+def _nothing_left(folder: Path, num_rows: int, steps: Sequence[Step]) -> str:
     worst = max(steps, key=lambda step: step.dropped, default=None)
     most = f"; {worst.filter} dropped the most, {worst.dropped} of {worst.domain}" if worst else ""
-    return f"none of {dropped} rows was kept{most}: the reasons are in {folder}; change the filters, or generate more"
+    return f"none of {num_rows} rows was kept{most}: the reasons are in {folder}; change the filters, or generate more"
 
 
 Pairing = Callable[[Sequence[Sequence[Row]]], list[preferences.Pair]]
