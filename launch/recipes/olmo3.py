@@ -15,6 +15,8 @@ program judges, of a few hundred prompts at the tiny scale, and one teacher.
 
 On the tiny base (3 minutes on 2 busy cores, three seeds) the mean over three domains of held-out prompts is 41% at the
 start, 91% for the teacher, 97% at the high rate, 78% at the low one and 90% for their average: here it gains nothing.
+With SmolLM2-135M-Instruct (11 minutes of processor time, one seed) it is 12%, 50%, 53%, 50% and 56%: the average is
+above both parents, by less than what 27 to 40 prompts a domain can tell.
 """
 
 from typing import Literal
@@ -104,7 +106,7 @@ def recipe(
         pooled = run(f"scores-{name}", OverSeeds(evaluations=tuple(found)))
         entries.append(Entry(f"SFT {name}", pooled, (generated, *stages[name])))
     return Comparison(
-        title=f"Olmo 3's SFT on {base}, {seeds} seeds",
+        title=f"Olmo 3's SFT on {base}, {seeds} seed{'s' if seeds > 1 else ''}",
         entries=tuple(entries),
         teachers={} if endpoint else {one.domain: "teacher" for one in prompts},
     )
