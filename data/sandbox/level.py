@@ -122,7 +122,7 @@ def bubblewrap(
     """
     program = shutil.which("bwrap", path=os.defpath + ":/usr/local/bin") or "bwrap"
     command = [program, "--die-with-parent", "--new-session", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
-    command += ["--unshare-uts", "--hostname", "sandbox", "--clearenv"]
+    command += ["--as-pid-1", "--unshare-uts", "--hostname", "sandbox", "--clearenv"]
     if os.geteuid() == 0:
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_KILL"]
     else:
