@@ -10,8 +10,8 @@ The same answers end as preferences, as Llama 3 has it (https://arxiv.org/abs/24
     generated 1 ... T --a right and a wrong answer to each prompt--> pairs
     model T --DPO on pairs--> preferred
 
-On the tiny base (3 minutes on 2 busy cores, one seed) the mean over three domains of held-out prompts goes from 41% to
-94, 98 and 98%.
+On the tiny base (a minute on 2 cores, one seed) the mean over three domains of held-out prompts goes from 37% to 94, 95
+and 96% in three rounds, and to 98% with DPO.
 """
 
 from typing import Literal
