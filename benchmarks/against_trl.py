@@ -5,10 +5,8 @@
 See README.md for how to make that environment and what each side does.
 """
 
-import json
-import os
+import contextlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import beside
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from beside import TRL, Peer
 
 from posttrain.data.pack import Example, Group, pack_groups
 from posttrain.model import hf, transformer
@@ -35,8 +35,6 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 PAIRS, PROMPT, SHORTEST, LONGEST, ROW = 8, 96, 64, 128, 320
 BETA, LEARNING_RATE, STEPS = 0.1, 1e-4, 4
-INSTALL = "make one with `python3 -m venv trl-env && trl-env/bin/pip install trl torch` and pass its bin/python"
-
 Run = Callable[[], dict[str, Any]]
 
 
@@ -80,11 +78,12 @@ def ours(params: transformer.Params, pairs: list[dict[str, list[int]]]) -> Run:
         for pair in pairs
     ]
     batch = {name: jnp.asarray(x) for name, x in pack_groups(groups, length=ROW, fields=("good",)).batch.items()}
-    batch["reference_logp"] = score.token_logp(CONFIG, params, batch)
+    plain = dict(batch)
+    batch["reference_logp"] = score.token_logp(CONFIG, params, plain)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE, b2=0.999, weight_decay=0.0))
     step = jax.jit(prefer.train_step(CONFIG, optimizer, prefer.DPO(beta=BETA)), donate_argnums=0)
-    params = jax.tree.map(jnp.copy, params)  # the step donates its state
-    state = State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    policy = jax.tree.map(jnp.copy, params)  # the step donates its state
+    state = State(policy, optimizer.init(policy), jnp.zeros((), jnp.int32))
 
     def run() -> dict[str, Any]:
         nonlocal state
@@ -94,82 +93,48 @@ def ours(params: transformer.Params, pairs: list[dict[str, list[int]]]) -> Run:
             losses.append(metrics["loss"])
         jax.block_until_ready((state, losses))
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "loss": float(losses[0]), "last_loss": float(losses[-1])}
+        start = time.perf_counter()
+        jax.block_until_ready(score.token_logp(CONFIG, params, plain))
+        scoring = time.perf_counter() - start
+        return {"seconds": seconds, "reference": scoring, "loss": float(losses[0]), "last_loss": float(losses[-1])}
 
     return run
-
-
-class Peer:
-    """TRL in its own environment, timed on request over a pipe."""
-
-    def __init__(self, python: Path, folder: Path, settings: dict[str, Any]) -> None:
-        self.errors = folder / "errors.txt"
-        script = Path(__file__).with_name("trl_side.py")
-        self.process = subprocess.Popen(
-            [python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors.open("w"), text=True,
-            env={**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        self.versions = self._ask(settings | {"folder": str(folder)})
-
-    def __call__(self) -> dict[str, Any]:
-        return self._ask({"steps": STEPS})
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"TRL's side ended; its last words: {self.errors.read_text()[-3000:]}")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def missing(python: Path | None) -> str | None:
-    """Why TRL cannot run, in one sentence, or None."""
-    if python is None or not python.exists():
-        fault = "no environment with it was named" if python is None else f"there is no {python}"
-        return f"TRL is not compared: {fault}; {INSTALL}."
-    probe = "import importlib.metadata as m; m.version('trl'); m.version('torch')"
-    if subprocess.run([python, "-c", probe], capture_output=True, check=False).returncode:
-        return f"TRL is not compared: {python} does not have it; {INSTALL}."
-    return None
 
 
 def main(args: Args) -> None:
     jax.config.update("jax_platforms", "cpu")
     params, pairs = transformer.init(CONFIG, jax.random.key(0)), make_pairs()
     sides: dict[str, Run] = {"posttrain": ours(params, pairs)}
-    reason, peer = missing(args.trl_python), None
-    with tempfile.TemporaryDirectory() as folder:
+    reason, peer = TRL.missing(args.trl_python), None
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if reason is None and args.trl_python is not None:
             hf.save_hf(Path(folder) / "model", CONFIG, params)
             settings = {"model": f"{folder}/model", "pairs": PAIRS, "beta": BETA, "learning_rate": LEARNING_RATE}
-            peer = Peer(args.trl_python, Path(folder), settings | {"data": pairs})
-            sides["TRL"] = peer
+            peer = Peer(TRL, "trl_side.py", args.trl_python, Path(folder), settings | {"data": pairs})
+            stack.callback(peer.close)
+            ask = peer.ask
+            sides["TRL"] = lambda: ask({"steps": STEPS})
         first = {name: run() for name, run in sides.items()}
         for run in sides.values():
             run()
-        rates: dict[str, list[float]] = {name: [] for name in sides}
+        timed: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
         for _ in range(args.rounds):
             for name, run in sides.items():
-                rates[name].append(STEPS * PAIRS / run()["seconds"])
-        if peer:
-            peer.close()
-    print(f"DPO step of {PAIRS} pairs, medians of {args.rounds} rounds taken in turns (jax {jax.__version__})")
-    for name, values in rates.items():
-        losses = f"loss of steps 1 and {STEPS}: {first[name]['loss']:.6f}, {first[name]['last_loss']:.6f}"
-        print(f"{name:10} {statistics.median(values):8.2f} pairs/s   {losses}")
-    if peer:
-        each = [a / b for a, b in zip(rates["posttrain"], rates["TRL"], strict=True)]
-        ratio = statistics.median(rates["posttrain"]) / statistics.median(rates["TRL"])
-        print(
-            f"ratio {ratio:.2f} (single rounds {min(each):.2f} to {max(each):.2f}); "
-            f"TRL {peer.versions['trl']}, torch {peer.versions['torch']}"
-        )
+                timed[name].append(run())
+    rates = {name: [STEPS * PAIRS / one["seconds"] for one in found] for name, found in timed.items()}
+    row = beside.ratios(rates["posttrain"], rates["TRL"]) if peer else {}
+    peer_name = f"TRL {peer.versions['trl']} (torch {peer.versions['torch']})" if peer else "TRL"
+    medians = {name: f"{statistics.median(values):.2f}" for name, values in rates.items()}
+    cells = (f"DPO step of {PAIRS} pairs", medians["posttrain"], medians.get("TRL", "-"), *beside.spread(row))
+    losses = ", ".join(f"{name} {x['loss']:.6f} and {x['last_loss']:.6f}" for name, x in first.items())
+    teacher, train = (statistics.median(x[key] for x in timed["posttrain"]) for key in ("reference", "seconds"))
+    spent = {"rollout": 0.0, "verify": 0.0, "teacher": teacher, "train": train / STEPS, "sync": 0.0}
+    notes = (
+        f"losses of steps 1 and {STEPS}: {losses}",
+        f"ours, if every pair is seen once and the reference scores it before: {beside.shares(spent)}",
+    )
+    heads = ("", f"posttrain (jax {jax.__version__})", peer_name, "ratio", "ratio of single rounds")
+    beside.show(f"pairs per second, medians of {args.rounds} rounds taken in turns", heads, [cells], notes)
     if reason:
         print(reason, file=sys.stderr)
 

@@ -7,9 +7,7 @@ See README.md for how to make that environment and what each side does.
 
 import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import beside
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from rich.console import Console
-from rich.table import Table
+from beside import TUNIX, Peer
 
 from posttrain.data.batch import BRANCHES
 from posttrain.model import sample, transformer
@@ -47,11 +45,6 @@ NAMES = {
     "fixed": f"generation, {BATCH} prompts, {NEW} new tokens each",
     "ragged": f"generation, {4 * BATCH} prompts, {BATCH} at a time, 1 to {NEW} new tokens",
 }
-INSTALL = (
-    "make one with `python3 -m venv tunix-env && tunix-env/bin/pip install google-tunix` and pass "
-    "--tunix-python tunix-env/bin/python"
-)
-
 Run = Callable[[int], dict[str, Any]]
 
 
@@ -117,47 +110,6 @@ def generation(params: transformer.Params, prompts: list[list[int]], stops: list
     return run
 
 
-class Peer:
-    """google-tunix in its own environment, timed on request over a pipe."""
-
-    def __init__(self, python: Path, folder: Path, settings: dict[str, Any]) -> None:
-        self.errors = folder / "errors.txt"
-        script = Path(__file__).with_name("tunix_side.py")
-        self.process = subprocess.Popen(
-            [python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors.open("w"), text=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": ""},
-        )  # fmt: skip
-        self.versions = self._ask(settings | {"folder": str(folder)})
-
-    def run(self, name: str, seed: int) -> dict[str, Any]:
-        return self._ask({"run": name, "seed": seed})
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"the google-tunix side ended; its last words: {self.errors.read_text()[-3000:]}")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def missing(python: Path | None) -> str | None:
-    """Why the peer cannot run, in one sentence, or None."""
-    if python is None:
-        return f"google-tunix is not compared: no environment with it was named; {INSTALL}."
-    if not python.exists():
-        return f"google-tunix is not compared: there is no {python}; {INSTALL}."
-    probe = "import importlib.metadata; importlib.metadata.version('google-tunix')"
-    if subprocess.run([python, "-c", probe], capture_output=True, check=False).returncode:
-        return f"google-tunix is not compared: {python} does not have it; {INSTALL}."
-    return None
-
-
 def peer_settings(workloads: dict[str, tuple[list[list[int]], list[int]]]) -> dict[str, Any]:
     """The model and the workloads in the peer's words."""
     c = CONFIG
@@ -198,9 +150,7 @@ def summarise(results: dict[str, Any]) -> dict[str, Any]:
             if "loss" in got["first"]:
                 row[f"{side}_first_loss"] = got["first"]["loss"]
         if "theirs" in sides:
-            pairs = zip(sides["ours"]["tokens_per_second"], sides["theirs"]["tokens_per_second"], strict=True)
-            each = [ours / theirs for ours, theirs in pairs]
-            row |= {"ratio": row["ours"] / row["theirs"], "ratio_min": min(each), "ratio_max": max(each)}
+            row |= beside.ratios(*(sides[side]["tokens_per_second"] for side in ("ours", "theirs")))
         summary[name] = row
     return summary
 
@@ -208,22 +158,16 @@ def summarise(results: dict[str, Any]) -> dict[str, Any]:
 def show(summary: dict[str, Any], versions: dict[str, str] | None, rounds: int) -> None:
     """The table that people read."""
     peer = f"google-tunix {versions['tunix']} (jax {versions['jax']})" if versions else "google-tunix"
-    table = Table(title=f"tokens per second, medians of {rounds} rounds taken in turns", caption_justify="left")
-    table.add_column("workload")
-    for heading in (f"posttrain (jax {jax.__version__})", peer, "ratio", "ratio of single rounds"):
-        table.add_column(heading, justify="right")
+    heads = ("workload", f"posttrain (jax {jax.__version__})", peer, "ratio", "ratio of single rounds")
+    rows, notes = [], []
     for name, row in summary.items():
         theirs = f"{row['theirs']:,.0f}" if versions else "-"
-        ratio, spread = "-", "-"
-        if versions:
-            ratio, spread = f"{row['ratio']:.2f}", f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}"
-        table.add_row(NAMES[name], f"{row['ours']:,.0f}", theirs, ratio, spread)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
+        rows.append((NAMES[name], f"{row['ours']:,.0f}", theirs, *beside.spread(row)))
     for side in ("ours", "theirs") if versions else ("ours",):
         loss = summary["train"][f"{side}_first_loss"]
         calls = ", ".join(f"{name} {row[f'{side}_first_call_seconds']:.1f} s" for name, row in summary.items())
-        console.print(f"{side}: loss of the first step {loss:.6f}; first calls, with compiling: {calls}")
+        notes.append(f"{side}: loss of the first step {loss:.6f}; first calls, with compiling: {calls}")
+    beside.show(f"tokens per second, medians of {rounds} rounds taken in turns", heads, rows, notes)
 
 
 def main(args: Args) -> None:
@@ -234,16 +178,16 @@ def main(args: Args) -> None:
     runs = {"train": training(params, tokens)}
     runs |= {name: generation(params, *workload) for name, workload in workloads.items()}
     sides: dict[str, Callable[[str, int], dict[str, Any]]] = {"ours": lambda name, seed: runs[name](seed)}
-    reason, versions = missing(args.tunix_python), None
+    reason, versions = TUNIX.missing(args.tunix_python), None
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if reason is None and args.tunix_python is not None:
             flat = jax.tree_util.tree_leaves_with_path(params)
             weights = {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(x) for path, x in flat}
             np.savez(Path(folder, "weights.npz"), **weights)  # pyright: ignore[reportArgumentType]
             np.savez(Path(folder, "batch.npz"), tokens=tokens)
-            peer = Peer(args.tunix_python, Path(folder), peer_settings(workloads))
+            peer = Peer(TUNIX, "tunix_side.py", args.tunix_python, Path(folder), peer_settings(workloads))
             stack.callback(peer.close)
-            versions, sides["theirs"] = peer.versions, peer.run
+            versions, sides["theirs"] = peer.versions, lambda name, seed: peer.ask({"run": name, "seed": seed})
         results = measure(sides, args.rounds)
     summary = summarise(results)
     if args.json:

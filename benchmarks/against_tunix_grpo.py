@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import beside
 import jax
 import numpy as np
 import tyro
-from against_tunix import missing
-from rich.console import Console
-from rich.table import Table
+from beside import TUNIX
 
 from posttrain.data import chat
 from posttrain.data import tokenizer as tokenizers
@@ -46,6 +45,7 @@ CONFIG = ModelConfig(
 TASKS = Arithmetic(digits=2, operations=("+",))
 PROMPTS, GROUP, NEW, LEARNING_RATE, KL = 8, 8, 64, 1e-5, 0.04
 WARMUP = 3
+ROW = 288  # a prompt with four answers; in rows of 1,024 tokens attention takes three times as long on a CPU
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def ours(folder: Path, steps: int) -> dict[str, Any]:
         start=str(folder / "start"), tasks=TASKS, steps=steps + WARMUP + 1, prompts=PROMPTS, group=GROUP,
         sampling=Sampling(max_tokens=NEW), objective=objective.grpo(kl_weight=KL),
         optimizer=AdamW(learning_rate=LEARNING_RATE),
-        compute=Compute(row_tokens=1024, micro_rows=2, slots=PROMPTS * GROUP, save_every=10_000),
+        compute=Compute(row_tokens=ROW, micro_rows=4, slots=PROMPTS * GROUP, save_every=10_000),
     )  # fmt: skip
     out = folder / f"ours-{time.monotonic_ns()}"
     stage.train(out, meshes.make_mesh(devices=jax.devices()[:1]))
@@ -120,29 +120,24 @@ def theirs(python: Path, folder: Path, steps: int) -> dict[str, Any]:
 def show(summary: dict[str, Any], steps: int, rounds: int) -> None:
     """The table that people read."""
     what = f"{PROMPTS} prompts x {GROUP} answers of at most {NEW} tokens, KL {KL}"
-    table = Table(title=f"GRPO step: {what}; seconds, medians of {rounds} x {steps} steps", caption_justify="left")
-    table.add_column("")
-    for heading in ("seconds a step", "answer's mean length"):
-        table.add_column(heading, justify="right")
-    for side, row in summary.items():
-        if side != "ratio":
-            table.add_row(side, f"{row['seconds']:.2f}", f"{row['tokens']:.0f}")
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    if "ratio" in summary:
-        console.print(f"theirs / ours: {summary['ratio']:.2f}")
+    rows = [
+        (side, f"{row['seconds']:.2f}", f"{row['rate']:.0f}", f"{row['tokens']:.0f}")
+        for side, row in summary.items()
+        if side != "ratio"
+    ]
+    notes = [f"ours / theirs, tokens a second: {summary['ratio']:.2f}"] if "ratio" in summary else []
     phases = summary["ours"]["phases"]
-    total = sum(phases.values())
-    shares = {"rollout": "generate", "verify": "verify", "teacher and reference": "score", "train": "train"}
-    console.print("ours: " + ", ".join(f"{say} {phases.get(key, 0) / total:.0%}" for say, key in shares.items()))
-    console.print("sync 0%: the sampler reads the trainer's own arrays")
+    spent = {name: phases.pop(name, 0.0) for name in ("rollout", "verify", "teacher", "train", "sync")}
+    notes.append("ours: " + beside.shares({**spent, "other": sum(phases.values())}))
+    heads = ("", "seconds a step", "tokens of answers a second", "answer's mean length")
+    beside.show(f"GRPO step: {what}; medians of {rounds} x {steps} steps", heads, rows, notes)
 
 
 def main(args: Args) -> None:
     """Run both sides in turns."""
     jax.config.update("jax_platforms", "cpu")
     params = transformer.init(CONFIG, jax.random.key(0))
-    reason = missing(args.tunix_python)
+    reason = TUNIX.missing(args.tunix_python)
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
         folder = Path(temporary)
@@ -158,9 +153,10 @@ def main(args: Args) -> None:
     for side, found in runs.items():
         seconds = statistics.median(x for one in found for x in one["seconds"])
         tokens = statistics.mean(one["tokens"] for one in found)
-        summary[side] = {"seconds": seconds, "tokens": tokens, "phases": found[-1].get("phases", {})}
+        rate = PROMPTS * GROUP * tokens / seconds
+        summary[side] = {"seconds": seconds, "rate": rate, "tokens": tokens, "phases": found[-1].get("phases", {})}
     if "theirs" in summary:
-        summary["ratio"] = summary["theirs"]["seconds"] / summary["ours"]["seconds"]
+        summary["ratio"] = summary["ours"]["rate"] / summary["theirs"]["rate"]
     if args.json:
         print(json.dumps({"summary": summary, "runs": runs}, indent=2))
     else:

@@ -3,15 +3,16 @@
     python benchmarks/learning_dpo.py --out /tmp/dpo
 
 Delta learning (https://arxiv.org/abs/2507.06187; Olmo 3, https://arxiv.org/abs/2512.13961, table 21: fine-tuning on the
-chosen answers made a model worse, DPO better). Three models learn from ever more demonstrations, each going on from the
-one before: a weak one, the start, and a strong one, hardly better than the start. All methods see the same answers.
+chosen answers made a model worse, DPO better). One run of demonstrations gives a weak model, the start and a strong
+one. The rejected answers are the weak model's. The chosen ones are the start's own, which it cannot gain from by
+imitation, or the strong model's. All methods see the same answers, and answers are drawn when they are scored.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
+from typing import Any
 
 import tyro
-from tiny_runs import COMPUTE, accuracy, demonstrated, seeds, split
+from tiny_runs import COMPUTE, HELD_OUT, Measured, Settings, accuracy, pretrained, seeds, slug, split, taught
 
 from posttrain.data.characters import Characters
 from posttrain.data.conversations import Files
@@ -23,46 +24,41 @@ from posttrain.train.optimizer import AdamW
 from posttrain.train.prefer import DPO, LengthNormalizedDPO, Prefer
 from posttrain.train.sft import SFT
 
-TRAIN, HELD_OUT = split(Characters(operation="reverse"))
-WEAK, START, STRONG = 70, 15, 5  # steps of demonstrations, each after those before
+TRAIN, ASKED = split(Characters(operation="reverse"))
+LEVELS = {"weak": 0.2, "start": 0.7, "strong": 0.95}  # shares of drawn answers that are right
 STEPS, BATCH = 30, 24
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """`seeds` runs of everything, in `out`; a run that is there is not repeated."""
-
-    out: Path
-    seeds: int = 3
-
-
-def one(run: Training, seed: int) -> dict[str, float]:
-    """Held-out accuracy of every model of one seed."""
-    steps = {"weak": WEAK, "start": START, "strong": STRONG}
-    models: dict[str, str] = {}
-    for name, n in steps.items():
-        before = next(reversed(models.values()), "tiny")
-        models[name] = run(name, demonstrated(TRAIN, steps=n, seed=seed, start=before))
-    pairs = run(
-        "pairs",
-        Compare(
-            models=(models["strong"], models["weak"]), tasks=TRAIN, sampling=Sampling(max_tokens=8), by=Order(),
-            samples=1, limit=len(TRAIN), compute=COMPUTE, seed=seed,
-        ),
+def pairs(chosen: str, rejected: str, seed: int) -> Compare:
+    """One answer of each of two models to every task, the first model's above the second's."""
+    return Compare(
+        models=(chosen, rejected), tasks=TRAIN, sampling=Sampling(max_tokens=8), by=Order(), samples=1,
+        limit=len(TRAIN), compute=COMPUTE, seed=seed,
     )  # fmt: skip
-    shared = {"start": models["start"], "steps": STEPS, "batch_size": BATCH, "compute": COMPUTE, "seed": seed}
-    chosen = Files(paths=(f"{pairs}/{BEST}",))
-    ranked = Rankings(paths=(f"{pairs}/{RANKINGS}",))
-    models["SFT on chosen"] = run(
-        "sft", SFT(data=chosen, optimizer=AdamW(learning_rate=5e-4, schedule="linear"), **shared)
-    )
-    for name, objective in {"DPO": DPO(beta=0.1), "length-normalised DPO": LengthNormalizedDPO(beta=1.0)}.items():
-        adam = AdamW(learning_rate=2e-4, schedule="linear", warmup_steps=4)
-        stage = Prefer(data=ranked, objective=objective, optimizer=adam, **shared)
-        models[name] = run(type(objective).__name__, stage)
-    return {name: accuracy(run, name.replace(" ", "-"), path, HELD_OUT, max_tokens=8) for name, path in models.items()}
+
+
+def one(run: Training, seed: int) -> Measured:
+    """Held-out accuracy of every model of one seed."""
+    models = taught(run, pretrained(run, seed), (TRAIN, ASKED), levels=LEVELS, seed=seed)
+    shared: dict[str, Any] = {
+        "start": models["start"], "steps": STEPS, "batch_size": BATCH, "compute": COMPUTE, "seed": seed,
+    }  # fmt: skip
+    for better in ("start", "strong"):
+        compared = run(f"pairs-{better}", pairs(models[better], models["weak"], seed))
+        chosen, ranked = Files(paths=(f"{compared}/{BEST}",)), Rankings(paths=(f"{compared}/{RANKINGS}",))
+        adam = AdamW(learning_rate=5e-4, schedule="linear", warmup_steps=4)
+        gentle = replace(adam, learning_rate=1e-4)
+        ways = {
+            "SFT on chosen": SFT(data=chosen, optimizer=adam, **shared),
+            "DPO": Prefer(data=ranked, objective=DPO(beta=0.1), optimizer=gentle, **shared),
+            "DPO-norm": Prefer(data=ranked, objective=LengthNormalizedDPO(beta=1.0), optimizer=gentle, **shared),
+        }
+        for way, stage in ways.items():
+            name = f"{way}, {better} over weak"
+            models[name] = run(slug(name), stage)
+    drawn = {name: accuracy(run, name, path, ASKED, temperature=1.0) for name, path in models.items()}
+    return {name: {HELD_OUT: drawn[name], "greedy": accuracy(run, name, models[name], ASKED)} for name in models}
 
 
 if __name__ == "__main__":
-    settings = tyro.cli(Settings)
-    seeds(one, settings.out, settings.seeds, against="SFT on chosen")
+    seeds(one, tyro.cli(Settings), against="SFT on chosen, start over weak")

@@ -22,7 +22,7 @@ PHASES = {
     "data": "reading and packing",
     "rollout": "sampling answers",
     "verify": "judging answers",
-    "teacher": "scoring by teachers",
+    "teacher": "scoring by teachers, references, critics",
     "train": "gradients and updates",
     "merge": "merging weights",
     "sync": "hosts waiting for each other",

@@ -9,16 +9,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from ..sharding import mesh as meshes
-from . import attention, processing, transformer
+from . import attention, processing, speaker
 from . import cache as caches
-from .config import ModelConfig
 from .processing import Sampling
+from .speaker import Caches, Params, Speaker
 
 
 class Slots(NamedTuple):
     """What the decoding loop carries, one entry per slot; the cache as a tuple of layers."""
 
-    cache: caches.Cache
+    cache: Caches
     token: Int[Array, " B"]
     position: Int[Array, " B"]
     row: Int[Array, " B"]
@@ -32,9 +32,9 @@ class Slots(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=0)
-def lay_out(config: ModelConfig, params: transformer.Params) -> transformer.Params:
+def lay_out(config: Speaker, params: Params) -> Params:
     """The weights that `decode` takes, once a call: see `transformer.for_decoding`."""
-    return transformer.for_decoding(config, params)
+    return speaker.for_decoding(config, params)
 
 
 def axes_of(state: Slots) -> Slots:
@@ -53,14 +53,14 @@ def _constrain(state: Slots) -> Slots:
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def start(
-    config: ModelConfig, slots: int, length: int, capacity: int, return_kept: bool,
+    config: Speaker, slots: int, length: int, capacity: int, return_kept: bool,
     limit: Array | np.int32, temperature: Array | np.float32,
 ) -> Slots:  # fmt: skip
     """Slots that are all free, with room for `length` positions and answers of `capacity` tokens."""
     ints = partial(jnp.zeros, dtype=jnp.int32)
     return _constrain(
         Slots(
-            cache=caches.unstack(caches.empty(config, slots, length)),
+            cache=speaker.unstack(speaker.empty(config, slots, length)),
             token=ints(slots), position=ints(slots), row=ints(slots), count=ints(slots),
             limit=jnp.full(slots, limit, jnp.int32), temperature=jnp.full(slots, temperature, jnp.float32),
             active=jnp.zeros(slots, bool),
@@ -72,9 +72,9 @@ def start(
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
 def admit(
-    config: ModelConfig,
+    config: Speaker,
     sampling: Sampling,
-    params: transformer.Params,
+    params: Params,
     state: Slots,
     key: Array,
     prompts: Int[Array, "A P"],
@@ -85,15 +85,13 @@ def admit(
     """Prefill some prompts once each, copy their keys and values into the slots of their samples, draw first tokens."""
     count, width = prompts.shape
     group = slots.shape[1]
-    fresh = jax.tree.map(lambda x: meshes.constrain(x, *caches.AXES), caches.empty(config, count, width))
+    fresh = jax.tree.map(lambda x: meshes.constrain(x, *caches.AXES), speaker.empty(config, count, width))
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
     segments = jnp.where(positions < lengths[:, None], attention.BRANCHES, 0)
-    hidden, filled = transformer.apply(config, params, prompts, positions=positions, segments=segments, cache=fresh)
-    assert filled is not None
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    scores = meshes.constrain(transformer.logits(config, params, last)[:, 0], "draws", None)
+    how = {"positions": positions, "segments": segments, "last": lengths - 1, "temperature": state.temperature[:1]}
+    scores, filled = speaker.scores(config, params, fresh, prompts, **how)
     scores = jnp.repeat(scores, group, axis=0)
-    cache = jax.tree.map(lambda old, new: _place(old, new, slots), state.cache, caches.unstack(filled))
+    cache = jax.tree.map(lambda old, new: _place(old, new, slots), state.cache, speaker.unstack(filled))
     slots, rows = slots.reshape(-1), rows.reshape(-1)
     warmth = jnp.broadcast_to(state.temperature[0], rows.shape)
     token, logp = processing.draw(scores, _keys(key, rows, jnp.zeros_like(rows)), sampling, temperature=warmth)
@@ -136,9 +134,9 @@ def _place(old: Array, new: Array, slots: Int[Array, "A G"]) -> Array:
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
 def decode(
-    config: ModelConfig,
+    config: Speaker,
     sampling: Sampling,
-    params: transformer.Params,
+    params: Params,
     state: Slots,
     key: Array,
     enough: Array | int,
@@ -150,12 +148,9 @@ def decode(
     """
 
     def step(state: Slots) -> Slots:
-        hidden, cache = transformer.apply(
-            config, params, state.token[:, None], positions=state.position[:, None], cache=state.cache
-        )
-        # Rows over all devices, each with its whole vocabulary: an exchange, where drawing from a split one gathers it.
-        scores = meshes.constrain(transformer.logits(config, params, hidden)[:, 0], "draws", None)
-        warmth = state.temperature
+        warmth, where = state.temperature, state.position[:, None]
+        token = state.token[:, None]
+        scores, cache = speaker.scores(config, params, state.cache, token, positions=where, temperature=warmth)
         token, logp = processing.draw(scores, _keys(key, state.row, state.count), sampling, temperature=warmth)
         kept = processing.support(scores, sampling, temperature=warmth)[:, : state.kept.shape[-1]]
         active = state.active

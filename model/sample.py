@@ -17,8 +17,8 @@ import numpy as np
 
 from ..sharding import mesh as meshes
 from . import decoding, transformer
-from .config import ModelConfig
 from .processing import Sampling
+from .speaker import Params, Speaker
 
 MAX_STOPS = 8
 MIN_LENGTH = 96  # of the cache: short prompts of any kind share one decoding program
@@ -51,8 +51,8 @@ class Noise:
 
 
 def generate(
-    config: ModelConfig,
-    params: transformer.Params,
+    config: Speaker,
+    params: Params,
     prompts: Sequence[Sequence[int]],
     *,
     num_samples: int = 1,
@@ -66,8 +66,8 @@ def generate(
     """Sample `num_samples` answers to every prompt.
 
     Args:
-        config: the model's shape.
-        params: its parameters.
+        config: the model's shape, or those of two that are mixed.
+        params: the parameters.
         prompts: token ids, at least one each.
         num_samples: answers per prompt; they share the prompt's prefill.
         sampling: temperature, truncation, length limit and stop ids.
@@ -121,7 +121,7 @@ class Call(NamedTuple):
 
 
 def programs(
-    config: ModelConfig,
+    config: Speaker,
     params: Any,
     sampling: Sampling,
     *,
@@ -169,7 +169,7 @@ def _lying(x: jax.ShapeDtypeStruct, axes: tuple[str | None, ...], mesh: jax.shar
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=meshes.sharding(axes, x.shape, mesh))
 
 
-def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+def _check(config: Speaker, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
     if len(sampling.stop_ids) > MAX_STOPS:
         raise ValueError(f"{len(sampling.stop_ids)} stop ids, at most {MAX_STOPS} are supported: {sampling.stop_ids}")
     for index, prompt in enumerate(prompts):
@@ -195,7 +195,7 @@ class _Engine:
     """Host side of the loop: which prompt waits, which slot is free, what has been said."""
 
     def __init__(
-        self, model: tuple[ModelConfig, transformer.Params], prompts: Sequence[Sequence[int]], num_samples: int,
+        self, model: tuple[Speaker, Params], prompts: Sequence[Sequence[int]], num_samples: int,
         sampling: Sampling, noise: Noise, slots: int, parts: int,
     ) -> None:  # fmt: skip
         config, params = model

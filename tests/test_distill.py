@@ -260,6 +260,16 @@ def test_the_log_holds_the_distance_to_the_teachers(routed):
         assert line["kl"] > 0 and {"reward/north", "reward/south"} <= set(line)
 
 
+def test_answers_mixed_with_a_teachers_are_weighed_by_the_students_share_of_them(experts, tmp_path):
+    mixed = {"teacher_share": 0.2, "objective": MiniLLM(chunk=24), "steps": 1, "prompts": 4}
+    stage(experts, **mixed).train(tmp_path, one_device())
+    (line,) = metrics.read(tmp_path / "metrics.jsonl")
+    # Of each token's probability at least 0.8 times the student's is in the mixture, so the ratio is at most 1.25.
+    assert line["mismatch"] > 0.01 and line["mismatch_outside"] == 0
+    drawn = [json.loads(text) for text in (tmp_path / "rollouts" / "000000.jsonl").read_text().splitlines()]
+    assert {one["domain"] for one in drawn} == {"north", "south"}
+
+
 def test_domains_without_a_teacher_and_teachers_of_other_tokens_are_refused(experts, tmp_path):
     with pytest.raises(ValueError, match="is of domain 'south' and teachers are for \\['north'\\]: add one"):
         stage({"north": experts["north"]}).train(tmp_path / "a", one_device())
@@ -303,6 +313,8 @@ def test_settings_that_do_not_fit_together_are_refused(experts):
         "sequence-level distillation learns the teachers' answers; set it to 0": {"objective": SequenceLevel()},
         "SampledToken has a policy gradient": {"objective": SampledToken(), "on_policy": 0.5},
         "endpoints, which give log-probabilities": {"teachers": {"north": endpoint}},
+        "teacher_share is 1.0: it is a part": {"teacher_share": 1.0},
+        "cannot be mixed with the student's token by token": {"teachers": {"north": endpoint}, "teacher_share": 0.2},
     }.items():
         with pytest.raises(ValueError, match=message):
             stage(experts, **settings)

@@ -3,14 +3,18 @@
 import jax
 import pytest
 
+from posttrain.data.characters import Characters
+from posttrain.data.conversations import Files
 from posttrain.data.preferences import Rankings
 from posttrain.launch.plan import Planning
-from posttrain.launch.recipes import instructgpt, prefer, reward
+from posttrain.launch.recipes import instructgpt, llama2, prefer, reward, tulu3
 from posttrain.sharding import mesh as meshes
 from posttrain.train import checkpoint
 from posttrain.train.ppo import PPO
-from posttrain.train.prefer import KTO, Prefer
+from posttrain.train.prefer import KTO, LengthNormalizedDPO, Prefer
 from posttrain.train.reward import Ranked, Reward
+from posttrain.train.rewards import RewardModels, SafetyOrHelpfulness
+from posttrain.train.sft import SFT
 
 
 @pytest.mark.parametrize("base", ["tiny", "llama3.1-8b"])
@@ -34,6 +38,42 @@ def test_instructgpt_goes_from_demonstrations_to_a_reward_model_to_ppo_with_and_
     if base == "tiny":
         mesh = meshes.make_mesh(devices=jax.devices()[:1])
         assert all(len(stage.programs(mesh)) >= 2 for stage in stages.values())
+
+
+@pytest.mark.parametrize("base", ["tiny", "llama3.1-8b"])
+def test_tulu_3_learns_preferences_then_verifiers_and_its_reward_model_is_where_the_critic_begins(base, tmp_path):
+    run = Planning(tmp_path, {})
+    comparison = tulu3.recipe(run, base=base)
+    stages, at = dict(run.stages), lambda name: str(tmp_path / name)
+    preferring, judging, acting = (stages[name] for name in ("dpo", "critic", "rlvr"))
+    assert isinstance(preferring, Prefer) and isinstance(preferring.objective, LengthNormalizedDPO)
+    assert isinstance(judging, Reward) and judging.start == at("dpo") and judging.data == preferring.data
+    assert isinstance(acting, PPO) and acting.rewards is None
+    assert (acting.start, acting.critic_start) == (at("dpo"), at("critic"))
+    assert [entry.name for entry in comparison.entries] == ["sft", "dpo", "rlvr"]
+
+
+@pytest.mark.parametrize("base", ["tiny", "llama3.1-8b"])
+def test_llama_2_keeps_the_winners_of_all_rounds_and_ends_with_ppo_under_both_reward_models(base, tmp_path):
+    run = Planning(tmp_path, {})
+    comparison = llama2.recipe(run, base=base, rounds=2)
+    stages, at = dict(run.stages), lambda name: str(tmp_path / name)
+    second, last = stages["chat-2"], stages["ppo"]
+    assert isinstance(second, SFT) and second.start == at("sft")
+    assert second.data == Files(paths=(at("winners-1/best.jsonl"), at("winners-2/best.jsonl")))
+    assert isinstance(stages["safe-model-2"], Reward) and stages["safe-model-2"].start == at("chat-1")
+    assert isinstance(last, PPO) and isinstance(last.rewards, RewardModels)
+    assert last.rewards.models == (at("safe-model-2"), at("helpful-model-2"))
+    assert isinstance(last.rewards.combine, SafetyOrHelpfulness) and len(last.rewards.combine.safety_domains) == 1
+    assert [entry.name for entry in comparison.entries] == ["sft", "chat-1", "chat-2", "ppo"]
+    with pytest.raises(ValueError, match="rounds is 0"):
+        llama2.recipe(run, rounds=0)
+
+
+def test_an_unsafe_operation_is_to_be_refused():
+    task = Characters(operation="sort", refused=True)[0]
+    assert task.domain == "unsafe sort" and task.verifier(task, "no").score == 1
+    assert task.verifier(task, "abc").score == 0 and task.messages == Characters(operation="sort")[0].messages
 
 
 def test_files_of_preferences_and_comparisons_train_in_one_stage_each(tmp_path):

@@ -126,6 +126,13 @@ def np_minillm(s, c, o):
     return loss, len(where)
 
 
+def np_long_horizon(s, c, o):
+    where, loss = counted(s), 0.0
+    for i, t in enumerate(where):
+        loss -= sum(0.8**k * (c["teacher"][u] - c["logp"][u]) for k, u in enumerate(where[i:])) * s["logp"][t]
+    return loss, len(where)
+
+
 def np_kl(p, q):
     return np.sum(p * np.log(p / q))
 
@@ -222,6 +229,8 @@ NUMPY = {
     "keep_sampling_mask": tokens(np_kept),
     "mopd": np_mopd,
     "minillm": np_minillm,
+    "long_horizon": np_long_horizon,
+    "pretraining_mix": tokens(lambda s, c, t: -3.0 * 2 / 5 * s["logp"][t]),
     "reverse_kl": np_divergence(np_kl),
     "forward_kl": np_divergence(lambda p, q: np_kl(q, p)),
     "jsd": np_divergence(np_jsd),
@@ -238,6 +247,9 @@ NUMPY = {
     "orpo": pairs(np_orpo),
     "kto": np_kto,
     "bradley_terry": pairs(lambda s, o: -np.log(sigmoid(last_value(s) - last_value(o) - 1 / 3))),
+    "safety_auxiliary": pairs(
+        lambda s, o: -0.5 * np.log(sigmoid(last_value(s) * (-1) ** s["domain"][0]) * sigmoid(-last_value(o)))
+    ),
     "pointwise": lambda s, c, o: (-np.log(sigmoid(last_value(s) * (1 if s["chosen"][0] else -1))), 1),
 }
 

@@ -190,6 +190,17 @@ LOSSES = {
             on_policy.minillm_advantage(b["teacher"], b["logp"], b["mask"], segments=b["segments"], discount=0.8),
         )
     ),
+    "long_horizon": of_rest(
+        lambda b: policy.policy_gradient(
+            b["logp"],
+            on_policy.long_horizon_advantage(b["teacher"], b["logp"], b["mask"], segments=b["segments"], discount=0.8),
+        )
+    ),
+    "pretraining_mix": of_rest(
+        lambda b: policy.pretraining_mix(
+            b["logp"], coefficient=3.0, policy_weight=jnp.float32(2.0), pretraining_weight=jnp.float32(5.0)
+        )
+    ),
     "reverse_kl": of_rest(lambda b: distill.reverse_kl(b["logits"], b["teacher_logits"])),
     "forward_kl": of_rest(lambda b: distill.forward_kl(b["logits"], b["teacher_logits"])),
     "jsd": of_rest(lambda b: gkd.jsd(b["logits"], b["teacher_logits"], beta=0.3)),
@@ -210,6 +221,13 @@ LOSSES = {
         )
     ),
     "bradley_terry": of_pairs(lambda b: reward.bradley_terry(*scores(b), 1 / 3)),
+    "safety_auxiliary": of_pairs(
+        lambda b: reward.safety_auxiliary(
+            *scores(b),
+            chosen_is_safe=(b["domain"] == 0).astype(jnp.float32),
+            rejected_is_safe=jnp.zeros_like(b["mask"]),
+        )
+    ),
     "pointwise": of_answers(lambda b: reward.pointwise(scores(b)[0], b["chosen"].astype(jnp.float32))),
 }
 

@@ -3,6 +3,7 @@
 # pyright: reportArgumentType=false
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from posttrain.train.optimizer import AdamW
 from posttrain.train.ppo import PPO, Objective, Ptx
 from posttrain.train.rewards import RewardModels
 from posttrain.train.rl import RL
+from posttrain.train.validation import Validation
 
 CONFIG = configs.ModelConfig(
     vocab_size=64, embed_dim=32, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=64, context=32,
@@ -105,7 +107,8 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit_with_critic_reward_model_and_
     judge, tmp_path, monkeypatch
 ):
     ptx = Ptx(data=Demonstrations(tasks=TASKS), coefficient=0.5, batch_size=4)
-    run = stage(rewards=RewardModels(models=(judge,)), ptx=ptx)
+    asked = Validation(tasks=TASKS, sampling=Sampling(max_tokens=4), every=3, limit=4)
+    run = stage(rewards=RewardModels(models=(judge,)), ptx=ptx, validation=asked)
     run.train(tmp_path / "whole", one_device())
 
     def stopped(folder, step, *rest):
@@ -120,9 +123,11 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit_with_critic_reward_model_and_
             run.train(tmp_path / "ended", one_device())
     run.train(tmp_path / "ended", one_device())
     assert numbers(tmp_path / "ended") == numbers(tmp_path / "whole")
-    for part in ("model", "critic"):
+    for part in ("model", "critic", "best"):
         whole, ended = (dict(checkpoint.leaves(tmp_path / name / part, one_device())) for name in ("whole", "ended"))
         assert all(np.array_equal(whole[name], ended[name]) for name in whole)
+    scored = [json.loads((tmp_path / name / "validation.json").read_text()) for name in ("whole", "ended")]
+    assert scored[0] == scored[1] and [one["step"] for one in scored[0]] == [0, 3]
     lines = numbers(tmp_path / "whole")
     assert lines[0]["kl"] == 0 and abs(lines[0]["mismatch"]) < 1e-4 and lines[0]["reward"] != lines[0]["verdict"]
     assert checkpoint.open_config(tmp_path / "whole" / "critic").output == "score"

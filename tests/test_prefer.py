@@ -11,17 +11,20 @@ import jax
 import numpy as np
 import pytest
 from rows import make_row
+from toy import Likes
 
 from posttrain.data import chat, pairs, preferences, shards, source
 from posttrain.data.pack import pack_groups
 from posttrain.data.preferences import Paired, Ranking, Rankings
 from posttrain.model import config as configs
 from posttrain.model import transformer
+from posttrain.model.processing import Sampling
 from posttrain.sharding import mesh as meshes
 from posttrain.train import checkpoint, fingerprint, metrics, prefer, reference, score
 from posttrain.train.compute import Compute
 from posttrain.train.optimizer import AdamW
 from posttrain.train.prefer import DPO, IPO, KTO, ORPO, LengthNormalizedDPO, Prefer, SimPO
+from posttrain.train.validation import Validation
 
 TOKENIZER = checkpoint.open_tokenizer("tiny")
 CONFIG = configs.ModelConfig(
@@ -151,10 +154,13 @@ def stage(file, **settings) -> Prefer:
 
 
 def test_the_first_step_costs_log_two_and_the_next_ones_less(file, tmp_path):
-    stage(file).train(tmp_path / "dpo", one_device())
+    asked = Validation(tasks=Likes(domain="north"), sampling=Sampling(max_tokens=4), every=2, limit=4)
+    stage(file, validation=asked).train(tmp_path / "dpo", one_device())
     lines = metrics.read(tmp_path / "dpo" / "metrics.jsonl")
     np.testing.assert_allclose(lines[0]["loss"], np.log(2), rtol=1e-6)
     assert lines[0]["margin"] == 0 and lines[-1]["accuracy"] == 1 and lines[-1]["loss"] < 0.6
+    assert [one["step"] for one in json.loads((tmp_path / "dpo" / "validation.json").read_text())] == [0, 2, 3]
+    assert checkpoint.open_config(tmp_path / "dpo" / "best").output == "logits"
 
 
 def test_reference_log_probs_are_computed_once_and_refused_for_another_reference(file, tmp_path, monkeypatch):

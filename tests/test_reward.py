@@ -25,6 +25,7 @@ from posttrain.train.optimizer import AdamW
 from posttrain.train.reward import Pointwise, Ranked, Reward
 from posttrain.train.rewards import NormalizedSum, RewardModels, SafetyOrHelpfulness, ScoreRows, WeightedSum
 from posttrain.train.rollout import Rollout
+from posttrain.train.validation import Agreement, agreement
 
 TOKENIZER = checkpoint.open_tokenizer("tiny")
 CONFIG = configs.ModelConfig(
@@ -146,7 +147,8 @@ def trained(tmp_path_factory):
     }  # fmt: skip
     shown = Demonstrations(tasks=Likes(domain="north"))
     Reward(**settings, demonstrations=shown).train(folder / "one", one_device())
-    Reward(**settings, seed=1).train(folder / "two", one_device())
+    judged = Agreement(data=settings["data"], every=2, limit=8)
+    Reward(**settings, seed=1, validation=judged).train(folder / "two", one_device())
     return folder
 
 
@@ -162,6 +164,21 @@ def test_a_reward_model_learns_and_gives_demonstrations_the_mean_zero(trained):
     found = reward.scores((model.config, model.params), groups, COMPUTE, one_device())
     np.testing.assert_allclose(np.mean(found), 0, atol=1e-5)
     assert np.std(found) > 1e-3
+
+
+def test_the_reward_model_that_agrees_most_with_held_out_rankings_is_kept(trained):
+    scored = json.loads((trained / "two" / "validation.json").read_text())
+    assert [one["step"] for one in scored] == [0, 2, 4, 6]
+    assert scored[0]["score"] < 1 and scored[-1]["score"] == 1
+    best = checkpoint.open_model(trained / "two" / "best", one_device())
+    pairs = Rankings(paths=(str(trained / "pairs.jsonl"),)).open()
+    groups = [preferences.group(TOKENIZER, pairs[i]) for i in range(8)]
+    found = reward.scores((best.config, best.params), groups, COMPUTE, one_device()).reshape(8, 2)
+    assert np.all(found[:, 0] > found[:, 1])
+    assert agreement((2.0, 1.0, 1.0, 3.0), (0.5, 0.7, 0.1, 0.9)) == 4 / 5  # of six pairs one is a tie
+    assert agreement((0.8,), (-0.1,)) == 0 and agreement((0.2,), (-0.1,)) == 1
+    with pytest.raises(ValueError, match="rank no answer above another"):
+        agreement((1.0, 1.0), (0.1, 0.2))
 
 
 def rollouts(*texts: str, domain: str = "north") -> list[Rollout]:

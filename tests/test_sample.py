@@ -13,6 +13,7 @@ from posttrain.model import config as configs
 from posttrain.model import decoding, sample, transformer
 from posttrain.model.processing import Sampling
 from posttrain.model.sample import Noise
+from posttrain.model.speaker import Mixed
 from posttrain.sharding import mesh as meshes
 
 CONFIG = configs.ModelConfig(
@@ -207,3 +208,17 @@ def test_errors_name_the_prompt_and_the_numbers(params):
     with pytest.raises(ValueError, match="9 stop ids, at most 8"):
         generate(params, [[1]], sampling=Sampling(max_tokens=1, stop_ids=tuple(range(9))))
     assert generate(params, []) == []
+
+
+def test_tokens_of_a_student_mixed_with_its_teacher_are_drawn_from_the_mixture_of_their_distributions(params, prompts):
+    teacher = jax.jit(lambda key: transformer.init(CONFIG, key))(jax.random.key(6))
+    mixed = Mixed(student=CONFIG, teacher=CONFIG, teacher_share=0.3)
+    sampling, noise = Sampling(max_tokens=7, temperature=0.7, stop_ids=STOPS), Noise(seed=1)
+    found = sample.generate(mixed, (params, teacher), prompts, num_samples=SAMPLES, sampling=sampling, noise=noise)
+    own, theirs = (trainer_logp(one, prompts, found, 0.7) for one in (params, teacher))
+    flat = [answer for group in found for answer in group]
+    for answer, student, taught in zip(flat, own, theirs, strict=True):
+        np.testing.assert_allclose(answer.logp, np.log(0.7 * np.exp(student) + 0.3 * np.exp(taught)), atol=1e-4)
+    assert max(np.max(np.abs(a.logp - b)) for a, b in zip(flat, own, strict=True)) > 0.1
+    with pytest.raises(ValueError, match="90 tokens and the teacher 91: distributions over different vocabularies"):
+        Mixed(student=CONFIG, teacher=CONFIG.replace(vocab_size=91), teacher_share=0.3)

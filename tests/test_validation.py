@@ -92,5 +92,5 @@ def test_an_interrupted_run_validates_and_ends_as_an_uninterrupted_one(tmp_path,
 
 
 def test_validating_never_or_nothing_is_refused():
-    with pytest.raises(ValueError, match="every 0 steps on 64 tasks"):
+    with pytest.raises(ValueError, match="every 0 steps on 64 examples"):
         Validation(tasks=TASKS, sampling=Sampling(max_tokens=1), every=0)

@@ -102,10 +102,10 @@ class Compare:
             sampler = Sampler(sampling=self.sampling, slots=self.compute.slots, mesh=mesh, pool=pool, log=log)
             for number, start in enumerate(starts):
                 part = _part(out, number)
-                if not part.exists():
+                if not hosts.from_first(part.exists):
                     tasks = [self.tasks[i] for i in range(start, min(start + self.block, starts.stop))]
                     groups = self._answered(sampler, hosted, tokenizer, tasks, number)
-                    with log.phase("reward"):
+                    with log.phase("verify"):
                         scores = score(checkpoint.Model(*hosted(self.models[0]), tokenizer), groups)
                     hosted.leave()
                     _write(part, _ranked(groups, scores, tokenizer, self.unfinished))

@@ -16,6 +16,7 @@ from ..data import shards, streams
 from ..data.filters.funnel import Dropped, Filter, Sieve, Step
 from ..data.row import Row
 from ..data.shard_folder import Format
+from ..sharding import hosts
 from . import programs
 from .metrics import Log
 
@@ -30,6 +31,10 @@ class Scorer(Protocol):
     def open(self, mesh: jax.sharding.Mesh | None, /) -> Scores:
         """Make it ready to score batches of rows."""
         ...
+
+
+NOTHING = "nothing-kept"
+"""Where the reasons are if no row is left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,29 +60,33 @@ class Curate:
         Raises:
             ValueError: for shards that are not what was written, or if no row is left.
         """
-        if (out / "rows").exists():
+        if hosts.from_first((out / "rows").exists) or (self.scorer is None and not hosts.is_first()):
             return
-        nothing = out / "nothing-kept"
         sieve, best = Sieve(self.filters), Sieve(self.best)
         with Log(out, title=out.name, total=1) as log, log.phase("filter"):
-            shutil.rmtree(nothing, ignore_errors=True)
-            writer = shards.RowWriter(
-                out / "rows",
-                (*self.filters, *self.best),
-                title=out.name,
-                rows_per_shard=self.rows_per_shard,
-                format=self.format,
-            )
+            writer = self._writer(out) if hosts.is_first() else None
             num_rows = num_kept = 0
             for kept, dropped in self._sifted(sieve, best, mesh):
-                writer.add(kept, dropped)
+                if writer:
+                    writer.add(kept, dropped)
                 num_kept += len(kept)
                 num_rows += len(kept) + len(dropped)
             steps = (*sieve.steps(), *best.steps(sieve.domains))
-            writer.publish(steps, folder=None if num_kept else nothing)
+            if writer:
+                writer.publish(steps, folder=None if num_kept else out / NOTHING)
             log.write(1, {"rows": num_rows, "kept": num_kept})
         if not num_kept:
-            raise ValueError(_nothing_left(nothing, num_rows, steps))
+            raise ValueError(_nothing_left(out / NOTHING, num_rows, steps))
+
+    def _writer(self, out: Path) -> shards.RowWriter:
+        shutil.rmtree(out / NOTHING, ignore_errors=True)
+        return shards.RowWriter(
+            out / "rows",
+            (*self.filters, *self.best),
+            title=out.name,
+            rows_per_shard=self.rows_per_shard,
+            format=self.format,
+        )
 
     def _sifted(
         self, sieve: Sieve, best: Sieve, mesh: jax.sharding.Mesh | None

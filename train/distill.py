@@ -22,6 +22,7 @@ from ..data.verify.pool import VerifierPool
 from ..model import sample
 from ..model.config import ModelConfig
 from ..model.processing import Sampling
+from ..model.speaker import Mixed
 from ..sharding import mesh as meshes
 from . import checkpoint, loop, programs, rollout, state
 from .compute import Compute
@@ -58,7 +59,9 @@ class Distill:
     teacher: one at a time is on the device. `weights` are those of teachers in the loss, by domain, 1 unless given.
 
     `on_policy` is GKD's lambda: the share of steps whose answers are the student's own; in the others the teachers
-    answer (https://arxiv.org/abs/2306.13649, algorithm 1). With `SequenceLevel` it must be 0.
+    answer (https://arxiv.org/abs/2306.13649, algorithm 1). With `SequenceLevel` it must be 0. With `teacher_share` each
+    token of the student's own answers is drawn from that share of the teacher's distribution and the rest of its own
+    (MiniLLM has 0.2, https://arxiv.org/abs/2306.08543, section 2.2); policy gradients weigh by student / mixture.
     """
 
     start: str
@@ -71,6 +74,7 @@ class Distill:
     objective: Objective = field(default_factory=FullVocabulary)
     weights: Mapping[str, float] = field(default_factory=dict)
     on_policy: float = 1.0
+    teacher_share: float = 0.0
     optimizer: Optimizer = field(default_factory=lambda: AdamW(learning_rate=1e-5))
     compute: Compute = field(default_factory=Compute)
     validation: Validation | None = None
@@ -95,6 +99,8 @@ class Distill:
             raise ValueError(
                 f"on_policy is {self.on_policy}: sequence-level distillation learns the teachers' answers; set it to 0"
             )
+        if not 0 <= self.teacher_share < 1:
+            raise ValueError(f"teacher_share is {self.teacher_share}: it is a part of a mixture, from 0 up to below 1")
         samples_its_own = isinstance(self.objective, SampledToken | MiniLLM) or self.objective.outcome
         if self.on_policy < 1 and samples_its_own:
             raise ValueError(
@@ -104,6 +110,11 @@ class Distill:
 
     def _check_endpoints(self) -> None:
         remote = sorted(domain for domain, teacher in self.teachers.items() if isinstance(teacher, Endpoint))
+        if remote and self.teacher_share:
+            raise ValueError(
+                f"teacher_share is {self.teacher_share} and the teachers of {remote} are endpoints, whose distribution "
+                "cannot be mixed with the student's token by token: set it to 0, or give checkpoints"
+            )
         if remote and not (isinstance(self.objective, SampledToken) and self.sampling.temperature == 1):
             raise ValueError(
                 f"the teachers of {remote} are endpoints, which give log-probabilities of sampled tokens at "
@@ -155,16 +166,18 @@ class Distill:
     def _answers(
         self, sampler: Sampler, models: tuple[checkpoint.Model, Teachers], tasks: Sequence[Task], step: int
     ) -> list[list[Rollout]]:
-        """The student's answers, or on a share of the steps those of each domain's teacher."""
+        """The student's answers, mixed with the teacher's if asked for, or on a share of the steps the teachers'."""
         student, teachers = models
         how = {"num_samples": self.samples, "noise": sample.Noise(seed=self.seed, step=step), "version": step}
-        if random.Random(f"{self.seed}/{step}").random() < self.on_policy:
+        is_own = random.Random(f"{self.seed}/{step}").random() < self.on_policy
+        if is_own and not self.teacher_share:
             return sampler.rollouts(student, tasks, **how)
         found: dict[str, list[Rollout]] = {}
         for domain in sorted({task.domain for task in tasks}):
             own = [task for task in tasks if task.domain == domain]
             teacher = teachers.model(domain)
-            for group in sampler.rollouts(teacher, own, **how):
+            speaker = _mixed(student, teacher, self.teacher_share) if is_own else teacher
+            for group in sampler.rollouts(speaker, own, **how):
                 found[group[0].task.id] = rollout.retold(group, teacher.tokenizer, student.tokenizer)
         return [found[task.id] for task in tasks]
 
@@ -227,7 +240,8 @@ class Distill:
         answers, own = self.prompts * self.samples, round(self.on_policy * self.steps)
         of = {"group": self.samples, "answers": answers, "resident": beside}
         if own:
-            named |= programs.generation(config, self.sampling, self.compute, mesh, **of, times=own)
+            speaker = _speaker(config, teacher, self.teacher_share) if self.teacher_share else config
+            named |= programs.generation(speaker, self.sampling, self.compute, mesh, **of, times=own)
         if own < self.steps:
             told = programs.generation(teacher, self.sampling, self.compute, mesh, **of, times=self.steps - own)
             named |= {f"teacher {name}": program for name, program in told.items()}
@@ -238,6 +252,16 @@ class Distill:
     def result(self) -> ModelConfig:
         """The shape of the model that the stage makes."""
         return checkpoint.open_config(self.start)
+
+
+def _speaker(student: ModelConfig, teacher: ModelConfig, share: float) -> Mixed:
+    return Mixed(student=student, teacher=teacher, teacher_share=share)
+
+
+def _mixed(student: checkpoint.Model, teacher: checkpoint.Model, share: float) -> checkpoint.Model:
+    """A student whose tokens are partly its teacher's."""
+    config = _speaker(student.config, teacher.config, share)
+    return student._replace(config=config, params=(student.params, teacher.params))
 
 
 def _by_domain(

@@ -5,6 +5,7 @@ critic with their optimizers' states stay on the device; the reference and the r
 each comes to the device only to score a step's answers.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ from .rewards import RewardModels
 from .rollout import Rollout, Sampler
 from .step import Loss, State, make_train_step
 from .updater import Updater
+from .validation import Validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,7 @@ class PPO:
     optimizer: Optimizer = field(default_factory=lambda: AdamW(learning_rate=1e-6, warmup_steps=10))
     critic_optimizer: Optimizer = field(default_factory=lambda: AdamW(learning_rate=9e-6, warmup_steps=10))
     compute: Compute = field(default_factory=Compute)
+    validation: Validation | None = None
     verifiers: int = 1
     seed: int = 0
 
@@ -131,7 +134,11 @@ class PPO:
         mesh = mesh or meshes.make_mesh()
         with VerifierPool(self.verifiers) as pool, jax.set_mesh(mesh):
             run = _Run(self, mesh, pool, out)
-            loop.train(out, run.trained(), steps=self.steps, compute=self.compute, iterate=run.iterate)
+            validate = self.validation and self.validation.start(
+                out, self.start, self.compute, mesh, pool, params=operator.attrgetter("policy.params")
+            )
+            of = {"compute": self.compute, "iterate": run.iterate, "validate": validate}
+            loop.train(out, run.trained(), steps=self.steps, **of)
 
     def configs(self) -> tuple[ModelConfig, ModelConfig]:
         """Of policy and critic, as they compute."""
@@ -186,6 +193,9 @@ class PPO:
         answers = self.prompts * self.group
         beside = states[0].opt_state, states[1]
         of = {"group": self.group, "answers": answers, "times": self.steps, "resident": beside}
+        if self.validation:
+            how = {"steps": self.steps, "resident": beside}
+            named |= self.validation.programs(configs[0], self.compute, mesh, **how)
         return named | programs.generation(configs[0], self.sampling, self.compute, mesh, **of)
 
     def earned(self, answer: Rollout) -> float:
@@ -247,7 +257,7 @@ class _Run:
         step = cursor["iteration"]
         groups, sampled = self._collect(models.policy.params, step, log)
         rollout.write(self.out / "rollouts", step, groups, self.tokenizer.decode)
-        with log.phase("score"):
+        with log.phase("teacher"):
             minibatches, estimated = self._estimate(models, groups)
         with log.phase("train"):
             models, learned = self._learn(models, minibatches, step)

@@ -4,6 +4,7 @@ A pair shares its prompt in a packed row, so the prompt is computed once. The lo
 starting model, are computed once before training and kept on disk (see `reference`).
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from ..data.pack import Group, Packed, pack_groups
 from ..data.preferences import Paired, Ranking, Rankings
 from ..data.shuffle import Shuffled
 from ..data.tokenizer import Tokenizer
+from ..data.verify.pool import VerifierPool
 from ..model.config import ModelConfig
 from ..sharding import mesh as meshes
 from . import checkpoint, loop, programs, score, state
@@ -32,6 +34,7 @@ from .prefer_objectives import DPO, IPO, KTO, ORPO, LengthNormalizedDPO, SimPO
 from .reference import Reference
 from .step import State, make_train_step
 from .updater import Updater, micro_batches
+from .validation import Validation
 
 Objective = DPO | LengthNormalizedDPO | IPO | SimPO | ORPO | KTO
 
@@ -84,6 +87,8 @@ class Prefer:
         default_factory=lambda: AdamW(learning_rate=5e-7, schedule="linear", warmup_steps=10, b2=0.999)
     )
     compute: Compute = field(default_factory=Compute)
+    validation: Validation | None = None
+    verifiers: int = 1
     seed: int = 0
 
     def train(self, out: Path, mesh: jax.sharding.Mesh | None = None) -> None:
@@ -125,7 +130,12 @@ class Prefer:
                 now, metrics = updater.step(now, micros, *constants)
             return now, cursor, metrics
 
-        with jax.set_mesh(mesh):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(jax.set_mesh(mesh))
+            validate = None
+            if self.validation:
+                pool = stack.enter_context(VerifierPool(self.verifiers))
+                validate = self.validation.start(out, self.start, self.compute, mesh, pool)
             loop.run(
                 out,
                 start=self.start,
@@ -134,6 +144,7 @@ class Prefer:
                 compute=self.compute,
                 mesh=mesh,
                 iterate=iterate,
+                validate=validate,
             )
 
     @property
@@ -165,6 +176,9 @@ class Prefer:
                 calls=scorings * named["gradients"].calls,
                 tokens=named["gradients"].tokens,
             )
+        if self.validation:
+            beside = named["gradients"].resident
+            named |= self.validation.programs(config, self.compute, mesh, steps=self.steps, resident=beside)
         return named
 
     def result(self) -> ModelConfig:

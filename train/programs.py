@@ -12,6 +12,7 @@ from ..data.batch import FIELDS
 from ..model import sample
 from ..model.config import ModelConfig
 from ..model.processing import Sampling
+from ..model.speaker import Mixed, Speaker
 from ..sharding import mesh as meshes
 from . import state as states
 from . import updater
@@ -106,7 +107,7 @@ def training(
 
 
 def generation(
-    config: ModelConfig,
+    config: Speaker,
     sampling: Sampling,
     compute: Compute,
     mesh: jax.sharding.Mesh,
@@ -119,7 +120,7 @@ def generation(
     """Weights laid out for decoding, prefill and decoding of full slots, with prompts as long as a row leaves room for.
 
     Args:
-        config: of the model that answers.
+        config: of the model that answers, or of two that are mixed.
         sampling: of the stage.
         compute: of the stage; its slots are answered at a time.
         mesh: where it all lies.
@@ -130,7 +131,10 @@ def generation(
     """
     prompt_tokens = max(1, compute.row_tokens - sampling.max_tokens)
     sizes = {"slots": compute.slots, "group": group, "prompt_tokens": prompt_tokens}
-    params = states.abstract_params(config, mesh)
+    if isinstance(config, Mixed):
+        params = tuple(states.abstract_params(one, mesh) for one in config.models)
+    else:
+        params = states.abstract_params(config, mesh)
     calls = sample.programs(config, params, sampling, **sizes, mesh=mesh)
     prompts, together = calls["prefill"].arguments[-1].shape
     slots = calls["decode"].arguments[1].token.size

@@ -33,6 +33,7 @@ from .metrics import Log
 from .optimizer import AdamW, Optimizer
 from .step import Loss, State, make_train_step
 from .updater import Updater, micro_batches
+from .validation import Agreement
 
 FIELDS = ("rank", "share", "margin", "safe")
 UNLABELLED = -1.0  # in the field `safe`
@@ -217,6 +218,7 @@ class Reward:
     batch_size: int = 32
     optimizer: Optimizer = field(default_factory=lambda: AdamW(learning_rate=9e-6, schedule="cosine", final=0.1))
     compute: Compute = field(default_factory=Compute)
+    validation: Agreement | None = None
     seed: int = 0
 
     def train(self, out: Path, mesh: jax.sharding.Mesh | None = None) -> None:
@@ -246,8 +248,11 @@ class Reward:
             abstract=lambda: state.abstract(config, optimizer, mesh),
             store=store,
         )
+        validate = self.validation and self.validation.start(
+            out, tokenizer, lambda params, groups: scores((config, params), groups, self.compute, mesh), store
+        )
         with jax.set_mesh(mesh):
-            loop.train(out, trained, steps=self.steps, compute=self.compute, iterate=iterate)
+            loop.train(out, trained, steps=self.steps, compute=self.compute, iterate=iterate, validate=validate)
 
     def _normalized(self, config: ModelConfig, params: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Any:
         """The parameters with a bias that gives the demonstrations the mean score 0 (InstructGPT, section 3.5)."""
@@ -268,13 +273,16 @@ class Reward:
         batch = programs.abstract_batch(self.compute, mesh, dict.fromkeys(FIELDS, ()))
         tokens = self.batch_size * self.compute.row_tokens
         named = programs.training(loss, config, optimizer, batch, mesh, updates=self.steps, tokens=tokens)
-        if self.demonstrations is not None:
+        prompts = self.limit if self.demonstrations is not None else 0
+        if self.validation:
+            prompts += self.validation.limit * self.validation.times(self.steps)
+        if prompts:
             plain = programs.abstract_batch(self.compute, mesh)
             named["score"] = programs.Program(
                 function=score.values,
                 static=(config,),
                 arguments=(state.abstract_params(config, mesh), plain),
-                calls=-(-self.limit // self.compute.rows(mesh)),
+                calls=-(-prompts // self.compute.rows(mesh)),
                 tokens=plain["tokens"].size,
             )
         return named

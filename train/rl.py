@@ -150,7 +150,11 @@ class RL:
                 groups, taken, metrics = self._collect(sampler, model, cursor)
                 rollout.write(out / "rollouts", cursor["iteration"], groups, tokenizer.decode)
                 with log.phase("train"):
-                    now, learned = self._learn(config, updater, (now, start), self._micro_batches(groups, mesh))
+                    per_update = self._micro_batches(groups, mesh)
+                with log.phase("teacher"):
+                    self._score(config, (now, start), per_update)
+                with log.phase("train"):
+                    now, learned = self._learn(updater, now, per_update)
                     jax.block_until_ready(now)  # the next rollouts need it at once; so the time is charged rightly
                 return now, {**cursor, "next_task": taken}, metrics | learned
 
@@ -206,10 +210,8 @@ class RL:
             for i in range(0, len(groups), share)
         ]
 
-    def _learn(
-        self, config: ModelConfig, updater: Updater, models: tuple[State, Any], per_update: list[list[dict]]
-    ) -> tuple[State, dict[str, Any]]:
-        """One optimizer update per list of micro-batches; old and reference log-probs are those before the first."""
+    def _score(self, config: ModelConfig, models: tuple[State, Any], per_update: list[list[dict]]) -> None:
+        """Give micro-batches the log-probs that the objective needs: old and reference ones before the first update."""
         (now, reference), temperature = models, self.sampling.temperature
         reference = reference_of(now.opt_state) if self.reference_every else reference
         fields = self.objective.fields(self.updates)
@@ -222,7 +224,12 @@ class RL:
                     micro["reference_logp"] = score.token_logp(config, reference, given, temperature=temperature)
                 if "age" in fields:
                     micro["age"] = jnp.full_like(micro["tokens"], age)
-        self.objective.finish([micro for micros in per_update for micro in micros])
+        micros = [micro for micros in per_update for micro in micros]
+        self.objective.finish(micros)
+        jax.block_until_ready(micros)  # so the time is charged rightly
+
+    def _learn(self, updater: Updater, now: State, per_update: list[list[dict]]) -> tuple[State, dict[str, Any]]:
+        """One optimizer update per list of micro-batches."""
         metrics: dict[str, Any] = {}
         for micros in per_update:
             now, metrics = updater.step(now, micros)

@@ -203,15 +203,15 @@ class MiniLLM:
     """`long` x a policy gradient of the discounted mean gap from each token on + `single` x the reverse KL at it.
 
     The first charges a token for where it leads, the second has no sampling noise; `discount` 0 with `single` 0 is
-    `SampledToken`. Samples are weighted by pi / mu where that lies in [low, high], else 0. Samples here are the
-    student's own: the paper's mixture with the teacher's distribution at each token is not drawn. MiniLLM,
-    https://arxiv.org/abs/2306.08543, section 2.2.
+    `SampledToken`. The policy gradient is weighted by pi / mu where that lies in [low, high], else 0: for the paper's
+    samples, which are partly the teacher's (`Distill` has `teacher_share`), it is small where the student would hardly
+    say so, and no such token is dropped. MiniLLM, https://arxiv.org/abs/2306.08543, section 2.2.
     """
 
     long: float = 1.0
     single: float = 1.0
     discount: float = 1.0
-    low: float = 0.5
+    low: float = 0.0
     high: float = 2.0
     chunk: int = 8192
     outcome: float = 0.0

@@ -1,0 +1,119 @@
+"""Sizes of the recipes that learn from feedback (`instructgpt`, `tulu3`, `llama2`), for each base model."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...data.arithmetic import Arithmetic
+from ...data.characters import Characters, CloseText
+from ...data.instruction_tasks import Instructions
+from ...data.task import TaskSource
+from ...model.config import PUBLISHED
+from ...model.processing import Sampling
+from ...train.compute import Compute
+from ...train.optimizer import AdamW
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Keyword arguments of the stages; `labelled` are the first domain's tasks with a verdict that ranks answers.
+
+    `weights` are the domains' shares of the demonstrations; `weaker` makes a second model that answers, for contrast.
+    `unsafe` are tasks whose safe answers a second labeller knows, `shown_unsafe` what is demonstrated of such tasks.
+    """
+
+    domains: tuple[TaskSource, ...]
+    weights: tuple[float, ...]
+    labelled: TaskSource
+    unsafe: TaskSource
+    shown_unsafe: tuple[TaskSource, ...]
+    sft: Mapping[str, Any]
+    compare: Mapping[str, Any]
+    reward: Mapping[str, Any]
+    ppo: Mapping[str, Any]
+    evaluate: Mapping[str, Any]
+    weaker: Mapping[str, Any]
+    rejection: Mapping[str, Any]
+    prefer: Mapping[str, Any]
+    rlvr: Mapping[str, Any]
+    ptx: Mapping[str, Any] = field(default_factory=dict)
+    demonstrations: int = 4096
+
+
+TINY_COMPUTE = Compute(row_tokens=208, micro_rows=2, slots=128, save_every=50)
+TINY_SFT = {
+    "batch_size": 24,
+    "optimizer": AdamW(learning_rate=2e-3, schedule="linear", warmup_steps=10),
+    "compute": dataclasses.replace(TINY_COMPUTE, micro_rows=3),
+}
+TINY_PPO = {
+    "steps": 30,
+    "prompts": 64,
+    "group": 2,
+    "minibatches": 2,
+    "sampling": Sampling(max_tokens=8),
+    "optimizer": AdamW(learning_rate=6e-4, warmup_steps=3),
+    "critic_optimizer": AdamW(learning_rate=1e-3, warmup_steps=3),
+    "compute": TINY_COMPUTE,
+}
+TINY = Scale(
+    domains=tuple(Characters(operation=name) for name in ("reverse", "copy", "rotate", "double")),
+    weights=(0.045, 1.0, 1.0, 1.0),  # so few that the SFT model has seen what PPO is to improve, and does part of it
+    labelled=Characters(operation="reverse", verifier=CloseText()),
+    unsafe=Characters(operation="sort", refused=True),
+    shown_unsafe=(Characters(operation="sort"), Characters(operation="sort", refused=True)),
+    sft={**TINY_SFT, "steps": 220},
+    weaker={**TINY_SFT, "steps": 120},
+    compare={"limit": 360, "sampling": Sampling(max_tokens=8), "compute": TINY_COMPUTE},
+    reward={
+        "steps": 60,
+        "batch_size": 24,
+        "optimizer": AdamW(learning_rate=1e-3, schedule="cosine", final=0.1, warmup_steps=5),
+        "compute": TINY_COMPUTE,
+    },
+    rejection={
+        **TINY_SFT,
+        "steps": 40,
+        "optimizer": AdamW(learning_rate=1e-3, schedule="linear", warmup_steps=5),
+    },
+    prefer={
+        "steps": 30,
+        "batch_size": 24,
+        "optimizer": AdamW(learning_rate=1e-4, schedule="linear", warmup_steps=3),
+        "compute": TINY_COMPUTE,
+    },
+    ppo=TINY_PPO,
+    rlvr=TINY_PPO,
+    ptx={"coefficient": 1.0, "batch_size": 24},
+    evaluate={"limit": 128, "sampling": Sampling(max_tokens=8, temperature=0.0), "compute": TINY_COMPUTE},
+)
+LARGE_COMPUTE = Compute(row_tokens=4096, micro_rows=64, slots=512, remat="full", save_every=20)
+LARGE = Scale(
+    domains=(Instructions(), Arithmetic(digits=3, operations=("+", "-", "*"))),
+    weights=(1.0, 1.0),
+    labelled=Instructions(),
+    unsafe=Arithmetic(digits=2),  # a stand-in: a real run has prompts that red teams wrote
+    shown_unsafe=(Arithmetic(digits=2),),
+    sft={"steps": 1000, "batch_size": 512, "optimizer": AdamW(learning_rate=9.65e-6), "compute": LARGE_COMPUTE},
+    compare={"limit": 32_768, "sampling": Sampling(max_tokens=1024), "compute": LARGE_COMPUTE},
+    reward={"steps": 512, "batch_size": 64, "compute": LARGE_COMPUTE},
+    ppo={"steps": 500, "prompts": 512, "sampling": Sampling(max_tokens=1024), "compute": LARGE_COMPUTE},
+    weaker={"steps": 250, "batch_size": 512, "optimizer": AdamW(learning_rate=9.65e-6), "compute": LARGE_COMPUTE},
+    rejection={"steps": 500, "batch_size": 64, "optimizer": AdamW(learning_rate=2e-5), "compute": LARGE_COMPUTE},
+    prefer={"steps": 2000, "batch_size": 128, "compute": LARGE_COMPUTE},
+    rlvr={
+        "steps": 450,
+        "prompts": 224,
+        "minibatches": 1,
+        "epochs": 4,
+        "sampling": Sampling(max_tokens=2048),
+        "optimizer": AdamW(learning_rate=3e-7, schedule="linear"),
+        "compute": LARGE_COMPUTE,
+    },
+    ptx={"batch_size": 512},
+    evaluate={"limit": 512, "sampling": Sampling(max_tokens=1024, temperature=0.0), "compute": LARGE_COMPUTE},
+    demonstrations=100_000,
+)
+"""The papers' settings (InstructGPT's where they differ), for a pod; the published shapes are planned with it."""
+SCALES = {"tiny": TINY, **dict.fromkeys(PUBLISHED, LARGE)}

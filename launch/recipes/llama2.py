@@ -1,0 +1,96 @@
+"""Llama 2-Chat: two reward models, rounds of rejection sampling, then PPO under both.
+
+After Llama 2 (https://arxiv.org/abs/2307.09288, figure 4 and section 3):
+
+    base --SFT on demonstrations--> sft = chat 0
+    round t   chat t-1 and sft --answers, ranked by labellers--> helpful t, safe t
+              chat t-1 --ranking loss on helpful 1..t--> helpfulness model;  on safe 1..t--> safety model
+              chat t-1 --answers, the best under both models--> winners t
+              sft --SFT on winners 1..t--> chat t
+    at last   chat T --PPO under both models--> ppo
+
+The rule that makes one reward of two takes the safety model's score for prompts that are marked as unsafe and where it
+is low, and the helpfulness model's elsewhere. Winners of all rounds are kept: the paper's third round, which kept its
+own alone, forgot. The labellers here are verifiers. On the tiny base the unsafe tasks are to sort letters, which half
+of the demonstrations do and half refuse, so that chat 0 does as it likes.
+"""
+
+from typing import Literal
+
+from ...data.conversations import Demonstrations, Files
+from ...data.preferences import Rankings
+from ...data.tasks import Mixture, Split
+from ...train.compare import BEST, RANKINGS, Compare
+from ...train.evaluate import Evaluate
+from ...train.ppo import PPO, Objective
+from ...train.reward import Ranked, Reward
+from ...train.rewards import RewardModels, SafetyOrHelpfulness
+from ...train.sft import SFT
+from ..comparison import Comparison, Entry
+from ..recipe import Run
+from . import feedback_scales
+
+HELD_OUT = 0.3
+RANKED, SAMPLED = 4, 8  # answers to a prompt: that labellers rank, that the best is taken of
+
+
+def recipe(
+    run: Run,
+    *,
+    base: Literal["tiny", "llama3.1-8b", "qwen2.5-32b", "llama3.1-70b"] = "tiny",
+    rounds: int = 2,
+    kl_weight: float = 0.01,
+) -> Comparison:
+    """SFT, rounds of two reward models and rejection sampling, PPO, compared on held-out tasks.
+
+    Args:
+        run: trains (or plans) a stage and returns its folder.
+        base: the model to start from; "tiny" is made on the spot and takes minutes; the large ones are
+            shapes to plan with.
+        rounds: how often labellers rank and the model learns from its own best answers.
+        kl_weight: what a token pays for leaving the last round's model, in nats of its log ratio.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}: PPO needs the reward models of at least one round")
+    scale = feedback_scales.SCALES[base]
+    train, held_out = (
+        tuple(Split(source=source, part=part, fraction=HELD_OUT) for source in (*scale.domains, scale.unsafe))
+        for part in ("train", "held_out")
+    )
+    asked = train[0], train[-1]
+    prompts = Mixture(sources=asked, weights=(1.0, 1.0), size=scale.compare["limit"])
+    shown = (*scale.domains, *scale.shown_unsafe)
+    weights = (*scale.weights, *(1 / len(scale.shown_unsafe),) * len(scale.shown_unsafe))
+    lessons = tuple(Split(source=source, part="train", fraction=HELD_OUT) for source in shown)
+    mixed = Mixture(sources=lessons, weights=weights, size=scale.demonstrations)
+    labellers = {"safe": asked[1], "helpful": Split(source=scale.labelled, part="train", fraction=HELD_OUT)}
+
+    def score(name: str, model: str, made: tuple[str, ...]) -> Entry:
+        tasks = held_out[0], held_out[-1]
+        return Entry(name, run(f"eval-{name}", Evaluate(model=model, tasks=tasks, **scale.evaluate)), made)
+
+    sft = run("sft", SFT(start=base, data=Demonstrations(tasks=mixed), **scale.sft))
+    entries, made, winners = [score("sft", sft, ())], (), ()
+    ranked: dict[str, tuple[str, ...]] = dict.fromkeys(labellers, ())
+    chat, rewards = sft, None
+    for number in range(1, rounds + 1):
+        judges: dict[str, str] = {}
+        pool = tuple(dict.fromkeys((chat, sft)))  # a model that is always safe has nothing to rank
+        for name, tasks in labellers.items():
+            compared = Compare(models=pool, tasks=tasks, samples=RANKED // len(pool), seed=number, **scale.compare)
+            ranked[name] += (f"{run(f'{name}-{number}', compared)}/{RANKINGS}",)
+            data = Rankings(paths=ranked[name])
+            stage = Reward(start=chat, data=data, objective=Ranked(answers=RANKED), **scale.reward)
+            judges[name] = run(f"{name}-model-{number}", stage)
+        rule = SafetyOrHelpfulness(safety_domains=(asked[1].domain,))
+        rewards = RewardModels(models=(judges["safe"], judges["helpful"]), combine=rule)
+        best = Compare(models=(chat,), tasks=prompts, samples=SAMPLED, by=rewards, seed=number, **scale.compare)
+        winners += (f"{run(f'winners-{number}', best)}/{BEST}",)
+        chat = run(f"chat-{number}", SFT(start=sft, data=Files(paths=winners), **scale.rejection))
+        made += (*judges.values(), chat)
+        entries.append(score(f"chat-{number}", chat, made))
+    objective = Objective(kl_weight=kl_weight)
+    ppo = run("ppo", PPO(start=chat, tasks=prompts, rewards=rewards, objective=objective, **scale.ppo))
+    entries.append(score("ppo", ppo, (*made, ppo)))
+    taught = {one.domain: "ppo" for one in asked}
+    return Comparison(title=f"Llama 2-Chat from {base}", entries=tuple(entries), teachers=taught)
