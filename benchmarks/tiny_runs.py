@@ -95,7 +95,7 @@ def taught(run: Training, start: str, tasks: tuple[Split, Split], *, levels: Map
     found: dict[str, str] = {}
     model, now, turn = start, 0.0, 0
     for name, level in levels.items():
-        while now < level and turn < 40:
+        while now < level and turn < 120:
             turn += 1
             model = run(f"lesson-{turn}", demonstrated(tasks[0], start=model, steps=2, seed=100 * seed + turn))
             now = accuracy(run, f"lesson-{turn}", model, tasks[1], temperature=1.0)
