@@ -7,12 +7,12 @@ See README.md for how to make that environment and what each side compiles.
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ from posttrain.train.optimizer import AdamW
 
 MODELS = {"llama3.1-8b": configs.LLAMA_31_8B, "llama3.1-70b": configs.LLAMA_31_70B}
 INSTALL = (
-    "make one with `python3.12 -m venv maxtext-env && maxtext-env/bin/pip install 'maxtext[tpu]==0.2.5'` and pass "
-    "--maxtext-python maxtext-env/bin/python"
+    "make one with `python3.12 -m venv maxtext-env && maxtext-env/bin/pip install 'maxtext[tpu]==0.2.5' "
+    "'libtpu==0.0.50.*'` and pass --maxtext-python maxtext-env/bin/python"
 )
 FIND = (
     "import importlib.metadata as m, maxtext, pathlib; print(m.version('maxtext'), pathlib.Path(maxtext.__path__[0]))"
@@ -73,8 +73,21 @@ def ours(args: Args) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         compiled = jax.jit(sft.train_step(config, optimizer), donate_argnums=0).lower(*arguments).compile()
     memory: Any = compiled.memory_analysis()
-    sizes = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
-    return {**sizes, "seconds": time.monotonic() - began, "version": f"jax {jax.__version__}"}
+    arguments, peak, reported = (
+        getattr(memory, f"{name}_in_bytes") for name in ("argument_size", "peak_memory", "temp_size")
+    )
+    version = f"jax {jax.__version__}, libtpu {metadata.version('libtpu')}"
+    return _side(arguments, peak, reported, began, version)
+
+
+def _side(arguments: int, peak: int, reported: int, began: float, version: str) -> dict[str, Any]:
+    """One side's row. What a step needs beside its arguments is what its peak has more than they.
+
+    `temp_size_in_bytes` counts more: a buffer that an argument leaves and a result takes is in it twice (a step that
+    only subtracts a gradient from donated weights is said to have its whole peak as temporaries).
+    """
+    sizes = {"arguments": arguments, "temporaries": peak - arguments, "temp_size": reported}
+    return {**sizes, "seconds": time.monotonic() - began, "version": version}
 
 
 def _wrap(topology: str) -> tuple[bool, ...]:
@@ -89,11 +102,11 @@ def maxtext(args: Args) -> dict[str, Any] | str:
     """The same of MaxText's train step, or a sentence that says why there is none."""
     if args.maxtext_python is None:
         return f"MaxText was not compiled: it needs an environment of its own; {INSTALL}"
-    found = subprocess.run([args.maxtext_python, "-c", FIND], capture_output=True, text=True, env=_environment())
-    if found.returncode:
-        last = (found.stderr.strip().splitlines() or ["no output"])[-1]
+    probe = subprocess.run([args.maxtext_python, "-c", FIND], capture_output=True, text=True, env=_environment())
+    if probe.returncode:
+        last = (probe.stderr.strip().splitlines() or ["no output"])[-1]
         return f"MaxText was not compiled: {args.maxtext_python} cannot import it ({last}); {INSTALL}"
-    version, folder = found.stdout.split()[-2:]
+    version, folder = probe.stdout.split()[-2:]
     settings = {
         "model_name": args.model,
         "compile_topology": args.maxtext_topology,
@@ -107,23 +120,25 @@ def maxtext(args: Args) -> dict[str, Any] | str:
         "enable_checkpointing": "false",
         "run_name": "memory",
     }
-    command = [args.maxtext_python, "-m", "maxtext.trainers.pre_train.train_compile", Path(folder, "configs/base.yml")]
+    command = [args.maxtext_python, Path(__file__).with_name("maxtext_side.py"), Path(folder, "configs/base.yml")]
     command += [f"{name}={value}" for name, value in settings.items()]
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as here:
         done = subprocess.run(
             [*map(str, command), f"base_output_directory={here}"], capture_output=True, text=True, env=_environment()
         )
-    sizes = dict(re.findall(r"(argument|temp)_size_in_bytes=(\d+)", done.stdout))
-    if done.returncode or len(sizes) != 2:
+    if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         return f"MaxText {version} did not compile this step (exit code {done.returncode}): {last}"
-    measured = {"arguments": int(sizes["argument"]), "temporaries": int(sizes["temp"])}
-    return {**measured, "seconds": time.monotonic() - began, "version": version}
+    found = json.loads(done.stdout.splitlines()[-1])
+    versions = ", ".join(f"{name} {number}" for name, number in found.pop("versions").items())
+    arguments, peak, reported = (found[f"{name}_in_bytes"] for name in ("argument_size", "peak_memory", "temp_size"))
+    return _side(arguments, peak, reported, began, versions)
 
 
 def _environment() -> dict[str, str]:
-    without = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")}
+    ours = ("PYTHONPATH", "XLA_FLAGS", "TPU_LIBRARY_PATH")  # the last is set by importing JAX, to our own library
+    without = {name: value for name, value in os.environ.items() if name not in ours}
     return environment(without) | {"DECOUPLE_GCLOUD": "TRUE"}
 
 
@@ -132,16 +147,16 @@ def show(args: Args, mine: dict[str, Any], theirs: dict[str, Any] | str) -> None
     tokens = args.rows * args.row_tokens
     title = f"{args.model}, SFT step, {args.topology}, {args.rows} x {args.row_tokens} = {tokens:,} tokens a device"
     table = Table(title=f"{title}; GiB a device")
-    for heading in ("", "arguments", "temporaries", "compiled in"):
+    for heading in ("", "arguments", "temporaries", "temp_size", "compiled in"):
         table.add_column(heading, justify="right" if heading else "left")
     sides = {f"posttrain ({mine['version']})": mine}
     if not isinstance(theirs, str):
-        sides[f"MaxText {theirs['version']}"] = theirs
+        sides[theirs["version"]] = theirs
+    sizes = ("arguments", "temporaries", "temp_size")
     for name, side in sides.items():
-        sizes = (f"{side[key] / 2**30:.2f}" for key in ("arguments", "temporaries"))
-        table.add_row(name, *sizes, f"{side['seconds']:.0f} s")
+        table.add_row(name, *(f"{side[key] / 2**30:.2f}" for key in sizes), f"{side['seconds']:.0f} s")
     if not isinstance(theirs, str):
-        table.add_row("ratio", *(f"{mine[key] / theirs[key]:.2f}" for key in ("arguments", "temporaries")), "")
+        table.add_row("ratio", *(f"{mine[key] / theirs[key]:.2f}" for key in sizes), "")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

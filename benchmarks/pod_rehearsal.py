@@ -24,7 +24,9 @@ import tyro
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
+import compiled_once  # noqa: E402  # pyright: ignore[reportMissingImports]
 import fake_cloud  # noqa: E402  # pyright: ignore[reportMissingImports]
+import local_hosts  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from posttrain.launch.tpu import record, session  # noqa: E402
 from posttrain.launch.tpu.driver import World  # noqa: E402
@@ -81,6 +83,9 @@ def launch(folder: Path, planned: dict[tuple[int, int], str]) -> tuple[record.Re
     patch.setenv("FAKE_POSTTRAIN", str(program))
     patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder.parent / "compiled"))
     patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    patch.setenv("XLA_FLAGS", local_hosts.XLA_FLAGS)
+    for name, value in compiled_once.ENVIRONMENT.items():
+        patch.setenv(name, value)
     for life in range(1, 10):
         (folder / f"port-{life}").write_text(str(free_port()))
     for (life, host), event in planned.items():

@@ -79,8 +79,9 @@ with a data card, checksums and its provenance; the dropped ones are beside them
   posttrain generate --teacher https://host/v1#big --key-variable TEACHER_KEY --teacher arithmetic=runs/rl/rl \\
       --tasks arithmetic --tasks instructions --samples 4 --rounds 5 --enough 2 --out runs/both
 
-The environment variable TEACHER_KEY holds the key; its name is all that is stored. To share the work, run the command
-on N machines with one OUT, each with --parts N and its own --part from 0 to N-1."""
+The environment variable TEACHER_KEY holds the key; its name is all that is stored. The hosts of a
+pod share the work; machines that do not know of each other do with one OUT, each with --parts N and its own --part from
+0 to N-1."""
 
 CHAT = """Talk to a model: a message per line, /reset begins anew, Ctrl-D leaves.
 

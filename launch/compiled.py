@@ -21,17 +21,21 @@ from ..sharding.topology import GIB, Topology
 from . import hlo
 from .hlo import Collective
 
+FORMAT = "2"  # of what is kept of a program; another one is compiled again
 UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40, "": 1}
 
 
 class Compiled(NamedTuple):
-    """What the TPU compiler says of a program, per device, in bytes. `needed` is known even if it does not fit."""
+    """What the TPU compiler says of a program, per device, in bytes. `needed` is known even if it does not fit.
+
+    `temporaries` is what the peak has beside the arguments. The compiler's own `temp_size` counts twice what a result
+    has in the place of a donated argument: programs that fit would be said not to.
+    """
 
     fits: bool
     needed: float
     arguments: float = 0.0
     temporaries: float = 0.0
-    peak: float = 0.0
     accessed: float = 0.0
     collectives: tuple[Collective, ...] = ()
 
@@ -99,7 +103,7 @@ def _host(topology: Topology) -> tuple[int, ...]:
 def analyse(traced: Any, *, trips: int, topology: Topology, cache: Path) -> Compiled:
     """Compile a traced program, or remember what the compiler made of it before; `trips` as in `hlo.parse`."""
     lowered = traced.lower()
-    versions = [jax.__version__, metadata.version("libtpu"), str(topology)]
+    versions = [FORMAT, jax.__version__, metadata.version("libtpu"), str(topology)]
     key = hashlib.sha256("\n".join([*versions, lowered.as_text()]).encode()).hexdigest()
     path = cache / f"{key[:32]}.json.gz"
     if not path.is_file():
@@ -122,16 +126,12 @@ def _compile(lowered: Any) -> dict[str, Any]:
             return {"fits": False, "needed": _wanted(str(error))}
         raise
     memory = compiled.memory_analysis()
+    peak, arguments = memory.peak_memory_in_bytes, memory.argument_size_in_bytes
     return {
         "fits": True,
-        "needed": memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes,
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "peak": memory.peak_memory_in_bytes,
+        "needed": peak + memory.generated_code_size_in_bytes,
+        "arguments": arguments,
+        "temporaries": peak - arguments,
         "hlo": compiled.as_text(),
     }
 

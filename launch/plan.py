@@ -162,7 +162,6 @@ def program(one: Program, topology: Topology, mesh: jax.sharding.Mesh, cache: Pa
             "needed": found.needed + resident,
             "arguments": found.arguments,
             "temporaries": found.temporaries,
-            "peak": found.peak,
             "resident": resident,
             "available": topology.generation.hbm,
         },

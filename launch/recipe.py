@@ -15,14 +15,13 @@ import jax
 from ..model.config import ModelConfig
 from ..sharding import hosts
 from ..train import attempts, bucket, stop
-from ..train.curate import Curate, Pair
+from ..train.curate import Pair
 from ..train.evaluate import OverSeeds
-from ..train.generate import Generate
 from ..train.programs import Programs
 from ..train.stop import Interrupted, check_stop
 
-ON_ONE_HOST = (Curate, Pair, OverSeeds)
-"""Stages without a model: the first host does them, the others wait."""
+ON_ONE_HOST = (Pair, OverSeeds)
+"""Stages that the first host does while the others wait."""
 
 
 class Stage(Protocol):
@@ -82,18 +81,13 @@ class Training:
             Interrupted: if a signal has asked to stop.
         """
         check_stop()
-        if isinstance(stage, Generate) and jax.process_count() > 1:
-            raise ValueError(
-                f"{name} generates, which hosts do each by itself: run `posttrain generate --part I --parts "
-                f"{jax.process_count()}` on every host (without a coordinator), then the recipe on what they wrote"
-            )
         stage = shrunk(stage) if self.smoke else stage
         folder = self.out / name
         self.names.append(name)
         if self.only and name not in self.only:
             return str(folder)
         remember(folder, stage, self.out)
-        if not (folder / "DONE").exists():
+        if not hosts.from_first((folder / "DONE").exists):
             stop.set_lossless(True)
             begun, self._started = self._started or time.time(), None
             with _attempt(folder, begun):

@@ -6,7 +6,7 @@ A host is a process of `jax.distributed`. With one process everything here is th
 import itertools
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -54,6 +54,18 @@ def gathered(value: Any) -> list[Any]:
     padded[: text.size] = text
     texts = np.asarray(multihost_utils.process_allgather(padded))
     return [json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes.reshape(-1), strict=True)]
+
+
+def from_first(read: Callable[[], T]) -> T:
+    """What the first host reads (plain JSON), on all: of a disk that they share another may see more, or less."""
+    if jax.process_count() == 1:
+        return read()
+    text = np.frombuffer(json.dumps(read()).encode() if is_first() else b"", np.uint8)
+    barrier()
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(text.size, np.int32)))
+    padded = np.zeros(1 << size.bit_length(), np.uint8)
+    padded[: text.size] = text
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size].tobytes())
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

@@ -34,6 +34,14 @@ def completion(request: dict[str, Any]) -> dict[str, Any]:
     return {"model": request["model"], "system_fingerprint": "fp1", "choices": [choice], "usage": usage}
 
 
+def judged_or_answered(request: dict[str, Any]) -> dict[str, Any]:
+    """The reply of a server that is a teacher and a judge."""
+    made = completion(request)
+    if "<answer>" in request["messages"][-1]["content"]:
+        made["choices"][0]["message"]["content"] = f"Score: {len(answer(request)) % 11}"
+    return made
+
+
 class ChatServer(ThreadingHTTPServer):
     """Keeps every request with its headers; `fault(number, request)` may give another status and body."""
 

@@ -4,6 +4,7 @@ https://cloud.google.com/storage/docs/json_api. Objects are in memory, whatever 
 """
 
 import base64
+import contextlib
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import re
 import threading
 import time
 import urllib.parse
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -18,7 +20,11 @@ BUCKET = r"(?:/upload|/download)?/storage/v1/b/[^/]+"
 
 
 class Bucket(ThreadingHTTPServer):
-    """A running server. `delay` are seconds that each write takes; `refusal` is the status of every answer, if any."""
+    """A running server.
+
+    `delay` are seconds that each write takes; `refusal` is the status of every answer, if any; `full` are bytes that
+    one more object may have.
+    """
 
     daemon_threads = True
 
@@ -27,7 +33,7 @@ class Bucket(ThreadingHTTPServer):
         self.objects: dict[str, tuple[bytes, int]] = {}
         self.uploads: dict[str, bytes] = {}
         self.numbers, self.lock = itertools.count(1), threading.RLock()
-        self.delay, self.refusal = 0.0, 0
+        self.delay, self.refusal, self.full = 0.0, 0, 2**62
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def environment(self) -> dict[str, str]:
@@ -38,6 +44,17 @@ class Bucket(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up is no error."""
+
+
+@contextlib.contextmanager
+def running() -> Iterator[Bucket]:
+    """A bucket until the end of the block."""
+    made = Bucket()
+    try:
+        yield made
+    finally:
+        made.shutdown()
+        made.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -115,6 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _put(self, name: str, content: bytes, only_if: str | None = None) -> None:
         time.sleep(self.server.delay)
+        if len(content) > self.server.full:
+            return self._fail(403, "The quota has been exceeded: storage")
         with self.server.lock:
             now = str(self.server.objects[name][1]) if name in self.server.objects else "0"
             if only_if not in (None, now):

@@ -1,16 +1,20 @@
 """One of several processes that run a small recipe of every kind of stage: `pod.py OUT [ACTION@EVENT]`.
 
-The environment says which process it is (see `launch.cluster`). Events are those of `resumable`, and `check:N`, the Nth
-time that this process might stop; another action is `hang`.
+The environment says which process it is (see `launch.cluster`). Events are those of `resumable`; `check:N`, the Nth
+time that this process might stop; and `compile:N`, its Nth compilation begins. Another action is `hang`.
 """
 
 import os
 import signal
 import sys
 import threading
-from pathlib import Path
+import time
+from collections.abc import Callable
+from typing import Any
 
-from resumable import MIXED, Watch
+import compiled_once
+import jax
+from resumable import MIXED, Watch, act
 from toy import Likes
 
 from posttrain.data.conversations import Demonstrations
@@ -28,6 +32,8 @@ from posttrain.train.optimizer import AdamW
 from posttrain.train.rl import RL
 from posttrain.train.sft import SFT
 
+COMPILE = "/jax/compilation_cache/compile_requests_use_cache"
+"""What JAX notes before it looks for a program among those that it has compiled, or compiles it."""
 SAMPLING = Sampling(max_tokens=4)
 SHARED = {
     "steps": 4,
@@ -51,32 +57,59 @@ def recipe(run: Run) -> str:
     return run("convert", Convert(source=student))
 
 
-def act_at_check(number: int, action: str) -> None:
-    """Have this process do something in the middle of its work, where it looks whether it has to stop."""
+def at(number: int, action: str) -> Callable[[], bool]:
+    """What does something the Nth time that it is called, and says whether it has."""
     passed = iter(range(1, sys.maxsize))
 
+    def call() -> bool:
+        if next(passed) != number:
+            return False
+        if action == "hang":
+            threading.Event().wait()
+        act(action)
+        return True
+
+    return call
+
+
+def act_at_check(number: int, action: str) -> None:
+    """Have this process do something in the middle of its work, where it looks whether it has to stop."""
+    is_time = at(number, action)
+
     def check() -> None:
-        if next(passed) == number:
-            if action == "hang":
-                threading.Event().wait()
-            os.kill(os.getpid(), signal.Signals[action])
+        is_time()
         stop.check_stop()
 
     loop.check_stop = rollout.check_stop = check
 
 
-def main() -> None:
+def act_at_compile(number: int, action: str) -> None:
+    """Have it do something in the middle of a compilation that takes twice as long as a stop waits for it."""
+    is_time = at(number, action)
+
+    def compiles(event: str, **_: Any) -> None:
+        if event == COMPILE and is_time():
+            time.sleep(2 * stop.LOSSLESS_SECONDS)
+
+    jax.monitoring.register_event_listener(compiles)
+
+
+def main(recipe: Callable[[Run], str]) -> None:
     """Run the recipe as the command line does."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    compiled_once.share()
+    loop.PACE_STEPS = 2  # the stages are short
     out, *events = sys.argv[1:]
     for each in events:
         action, _, event = each.partition("@")
-        if event.startswith("check:"):
-            act_at_check(int(event.removeprefix("check:")), action)
+        kind, _, number = event.partition(":")
+        if kind in ("check", "compile"):
+            (act_at_check if kind == "check" else act_at_compile)(int(number), action)
         else:
             sys.addaudithook(Watch(action, event))
     watch = command.Watch(profile=range(0), grace=60.0, stuck_after=float(os.environ.get("STUCK_AFTER", "600")))
-    cli.guarded(lambda: command.train(recipe, Path(out), smoke=False, options={}, watch=watch), ["run", "pod"])
+    cli.guarded(lambda: command.train(recipe, out, smoke=False, options={}, watch=watch), ["run", "pod"])
 
 
 if __name__ == "__main__":
-    main()
+    main(recipe)

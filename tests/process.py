@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import compiled_once
 import jax
 import numpy as np
 
@@ -48,5 +49,6 @@ def results() -> dict[str, list]:
 
 
 if __name__ == "__main__":
+    compiled_once.share()
     with cluster.joined():
         Path(sys.argv[1]).write_text(json.dumps(results()))

@@ -3,7 +3,7 @@
 Actions: kill (SIGKILL), SIGTERM, SIGINT (both as the command line handles them), full (no file may grow any more).
 Events, each just before it happens: line:N, the process's Nth line of the log; rollouts:N, those of step N (from 0) are
 written; saving:N, a checkpoint of step N is begun; saved:N, it becomes complete; model, the finished model is begun;
-done, the stage is marked as done.
+done, the stage is marked as done; cleaning, its checkpoints are deleted. STAGE/EVENT is that of one stage alone.
 """
 
 import os
@@ -55,14 +55,16 @@ class Watch:
     """An audit hook that acts, once, when the process is about to do what the event names."""
 
     def __init__(self, action: str, event: str) -> None:
+        *stage, event = event.split("/")
         self.action, (self.event, _, number) = action, event.partition(":")
+        self.folder = f"/{stage[0]}/" if stage else "/"
         self.number, self.lines, self.acted = int(number or 0), 0, False
 
     def __call__(self, name: str, args: tuple) -> None:
         """See `sys.addaudithook`."""
-        if name in ("open", "os.mkdir", "os.rename") and not self.acted and self._matches(name, args):
+        if name in ("open", "os.mkdir", "os.rename", "shutil.rmtree") and not self.acted and self._matches(name, args):
             self.acted = True
-            self._act()
+            act(self.action)
 
     def _matches(self, name: str, args: tuple) -> bool:
         path, writes = str(args[1 if name == "os.rename" else 0]), name != "open" or args[1] in ("w", "a", None)
@@ -75,14 +77,18 @@ class Watch:
             "saved": ("os.rename", f"/checkpoints/{self.number}"),
             "model": ("os.mkdir", "/model.partial"),
             "done": ("open", "/DONE"),
+            "cleaning": ("shutil.rmtree", "/checkpoints"),
         }[self.event]
-        return here is not None and writes and name == here[0] and path.endswith(here[1])
+        found = here is not None and writes and name == here[0] and path.endswith(here[1])
+        return found and self.folder in path
 
-    def _act(self) -> None:
-        if self.action == "full":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        else:
-            os.kill(os.getpid(), signal.SIGKILL if self.action == "kill" else signal.Signals[self.action])
+
+def act(action: str) -> None:
+    """Do it to this process."""
+    if action == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    else:
+        os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.Signals[action])
 
 
 def main() -> None:

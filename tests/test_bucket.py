@@ -1,12 +1,11 @@
 """Runs whose folder is in a bucket: on a server on loopback, with the real clients."""
 
-import os
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from fake_bucket import Bucket
+from fake_bucket import running
 from toy import Likes
 
 from posttrain.data.conversations import Demonstrations
@@ -38,14 +37,10 @@ def recipe(run):
 
 @pytest.fixture(scope="module")
 def server():
-    made = Bucket()
-    before = {name: os.environ.get(name) for name in made.environment()}
-    os.environ.update(made.environment())
-    yield made
-    made.shutdown()
-    made.server_close()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with running() as made, pytest.MonkeyPatch.context() as patch:
+        for name, value in made.environment().items():
+            patch.setenv(name, value)
+        yield made
 
 
 def go() -> None:

@@ -101,6 +101,14 @@ def test_what_does_not_fit_says_what_it_wants(plans):
     assert any("GiB of HBM and a device has 15.8: use more chips" in warning for warning in found["warnings"])
 
 
+@needs_compiler
+def test_what_a_donated_argument_leaves_to_the_result_counts_once(plans):
+    weights, saved = 4 * 4096 * 4096, 4 * 8192 * 4096
+    by_hand = 4 * weights + 4 * weights + 2 * weights + 2 * saved  # float32 with gradient, a bfloat16 copy, the inputs
+    stream = 2 * 8192 * 4096  # one at a time beside them, and the argument
+    assert by_hand <= plans[TARGETS[0]]["donated"]["needed"] <= by_hand + 3 * stream
+
+
 def test_matrix_products_are_counted_through_loops_branches_and_derivatives():
     x = jax.ShapeDtypeStruct((8, 16), jnp.float32)
     w = jax.ShapeDtypeStruct((5, 16, 16), jnp.float32)

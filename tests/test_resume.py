@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -14,8 +15,9 @@ import pytest
 import resumable
 
 from posttrain.sharding import mesh as meshes
-from posttrain.train import checkpoint, metrics, state
+from posttrain.train import checkpoint, loop, metrics, state
 from posttrain.train.checkpoint import CheckpointError, Checkpoints
+from posttrain.train.compute import Compute
 from posttrain.train.optimizer import AdamW
 
 ROOT = Path(__file__).parent
@@ -113,6 +115,27 @@ def test_a_checkpoint_of_one_mesh_restores_onto_another(tmp_path):
     for old, new, planned in zip(*(jax.tree.leaves(tree) for tree in (first, second, abstract)), strict=True):
         assert new.sharding == planned.sharding
         np.testing.assert_array_equal(np.asarray(old), np.asarray(new))
+
+
+def test_checkpoints_are_kept_by_policy_and_the_time_that_saving_takes_is_in_the_log(tmp_path, monkeypatch):
+    mesh, real = meshes.make_mesh(devices=jax.devices()[:1]), Checkpoints.save
+
+    def slow(*words) -> None:
+        time.sleep(0.2)
+        real(*words)
+
+    monkeypatch.setattr(Checkpoints, "save", slow)
+    zero = jax.device_put(np.float32(0), meshes.replicated(mesh))
+    like = jax.ShapeDtypeStruct((), np.float32, sharding=meshes.replicated(mesh))
+    trained = loop.Trained(create=lambda: zero, abstract=lambda: like, store=lambda out, state: None)
+    compute = Compute(save_every=2, keep=2, keep_every=3)
+    loop.train(
+        tmp_path, trained, steps=15, compute=compute, iterate=lambda x, cursor, log: (x + 1, cursor, {"loss": x})
+    )
+    assert sorted(int(step.name) for step in (tmp_path / "checkpoints").iterdir()) == [6, 12, 14]
+    seconds = {line["step"]: line["seconds"] for line in metrics.read(tmp_path / "metrics.jsonl")}
+    blocked = [step for step in seconds if seconds[step].get("checkpoint", 0.0) >= 0.2]
+    assert blocked == [3, 5, 7, 9, 11, 13, 15]  # it delays the step that comes after
 
 
 def test_a_log_that_was_torn_in_the_middle_of_a_line_goes_on_behind_the_last_whole_one(tmp_path):

@@ -88,6 +88,21 @@ def too_large(topology, mesh, cache):
         return plan.program(one, topology, mesh, cache)
 
 
+def donated(topology, mesh, cache):
+    """Four layers of 4,096 x 4,096 that lose their gradient, the old weights' place taken by the new."""
+    rows, width, layers = 8192, 4096, 4
+    w = jax.ShapeDtypeStruct((layers, width, width), jnp.float32, sharding=meshes.replicated(mesh))
+    x = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16, sharding=meshes.replicated(mesh))
+
+    def loss(w, x):
+        step = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w.astype(x.dtype)), None), prevent_cse=False)
+        return jnp.sum(jax.lax.scan(step, x, w)[0].astype(jnp.float32))
+
+    function = jax.jit(lambda w, x: w - jax.grad(loss)(w, x), donate_argnums=0)
+    with jax.set_mesh(mesh):
+        return plan.program(programs.Program(function=function, arguments=(w, x)), topology, mesh, cache)["memory"]
+
+
 def main() -> None:
     name, slices, cache = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     topology = topologies.parse(name, slices=slices)
@@ -96,6 +111,7 @@ def main() -> None:
     if name == "v5e:2x2" and slices == 1:
         flat = compiled.make_mesh(topology, {}, None)
         found |= {"unrolled": unrolled(mesh), "layers": by_layers(flat), "too large": too_large(topology, mesh, cache)}
+        found["donated"] = donated(topology, flat, cache)
     print(json.dumps(found))
 
 

@@ -7,10 +7,12 @@ before or by how many processes: so a run that was killed goes on as if it had n
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+import jax
 
 from ..data.endpoint import Client, Completion, Endpoint, EndpointError
 from ..data.row import CLOSE, OPEN, text_of
@@ -18,7 +20,8 @@ from ..data.task import Message, Task
 from ..data.tasks import content_hash
 from ..model import sample
 from ..model.processing import Sampling
-from . import checkpoint, fingerprint
+from ..sharding import hosts
+from . import checkpoint, fingerprint, watchdog
 from .checkpoint import Model
 from .compute import Compute
 from .rollout import Sampler
@@ -67,7 +70,7 @@ class Asked(NamedTuple):
 
 
 Answerer = Callable[[Asked], Iterator[Sequence[Answer]]]
-"""An open teacher: what was not yet answered, a few answers at a time, in any order."""
+"""An open teacher: what was not yet answered, a few answers at a time, in any order; the same on all hosts."""
 
 
 class OnMesh:
@@ -94,36 +97,39 @@ class OnMesh:
 
 
 class OverHttp:
-    """An endpoint that answers, as many requests at a time as it allows."""
+    """An endpoint that answers, as many requests at a time as it allows. Each host asks for its share."""
 
     def __init__(self, client: Client, sampling: Sampling) -> None:
         self.client, self.settings = client, request_settings(sampling)
 
     def __call__(self, asked: Asked) -> Iterator[Sequence[Answer]]:
         """See `Answerer`; when a request fails for good, the answers under way are still handed over first."""
-        with ThreadPoolExecutor(self.client.endpoint.concurrency) as threads:
+        keys = ((task, place) for task in asked.tasks for place in asked.samples)
+        missing = [(task, place) for task, place in keys if (task.id, place) not in asked.answered]
+        with ThreadPoolExecutor(under_way(self.client.endpoint)) as threads:
             waiting = {
                 threads.submit(self._complete, task, place, asked.noise.seed): (task.id, place)
-                for task in asked.tasks
-                for place in asked.samples
-                if (task.id, place) not in asked.answered
+                for task, place in hosts.share(missing)
             }
-            failure: EndpointError | None = None
+            failure, left = "", len(missing)
             try:
-                while waiting:
-                    done, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                while left:
+                    done, _ = wait(waiting, timeout=0.2, return_when=_until())
                     found, failed = _sorted_out(done, waiting)
-                    yield found
+                    everywhere = hosts.gathered([found, failed, len(waiting)])
+                    watchdog.beat("answers of an endpoint")
+                    yield [Answer(*fields) for answers, _, _ in everywhere for fields in answers]
                     check_stop()
-                    if failed and failure is None:
-                        failure = failed
+                    if not failure and any(failed for _, failed, _ in everywhere):
+                        failure = next(failed for _, failed, _ in everywhere if failed)
                         waiting = {one: key for one, key in waiting.items() if not one.cancel()}
+                    left = sum(count for _, _, count in everywhere)
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 self.client.close()
                 raise
-        if failure is not None:
-            raise failure
+        if failure:
+            raise EndpointError(failure)
 
     def _complete(self, task: Task, place: int, seed: int) -> Completion:
         settings = {**self.settings, "seed": request_seed(seed, task.id, place)}
@@ -133,17 +139,27 @@ class OverHttp:
             raise EndpointError(f"{error} (asked for task {task.id} of {task.domain})") from error
 
 
+def under_way(endpoint: Endpoint) -> int:
+    """How many requests this host makes at a time: all hosts together as many as the endpoint allows, and each one."""
+    return max(1, endpoint.concurrency // jax.process_count())
+
+
+def _until() -> str:
+    """When a wait for answers ends early. Several hosts meet now and then, and not at every answer of each."""
+    return FIRST_COMPLETED if jax.process_count() == 1 else ALL_COMPLETED
+
+
 def _sorted_out(
     done: set[Future[Completion]], waiting: dict[Future[Completion], tuple[str, int]]
-) -> tuple[list[Answer], EndpointError | None]:
-    """Take what is done out of what waits: the answers, and the first failure."""
+) -> tuple[list[Answer], str]:
+    """Take what is done out of what waits: the answers, and what the first failure says."""
     found: list[Answer] = []
-    failed: EndpointError | None = None
+    failed = ""
     for one in done:
         task, place = waiting.pop(one)
         error = one.exception()
         if isinstance(error, EndpointError):
-            failed = failed or error
+            failed = failed or str(error)
         else:
             found.append(Answer(task, place, *one.result()))
     return found, failed

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data import journal, provenance
+from ..data import provenance
 from ..data.row import Provenance, Row
 from ..data.task import Task, Verdict
 from ..data.tasks import content_hash
@@ -51,10 +51,10 @@ class Known:
     verdicts: dict[Key, Verdict] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, file: Path) -> "Known":
-        """The content of a journal."""
+    def of(cls, lines: Iterable[Mapping[str, Any]]) -> "Known":
+        """What the lines of a journal say."""
         known = cls()
-        for line in journal.read(file):
+        for line in lines:
             if "score" in line:
                 known.verdicts[line["task"], line["sample"]] = Verdict(line["score"], line["reason"])
             else:

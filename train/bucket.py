@@ -5,6 +5,7 @@ before anything that relies on them: the log before the checkpoint of its last l
 """
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,14 @@ LOCAL, ARRAYS = (".lock", ".compiled"), ("checkpoints", "params", ".compiled")
 FIRST = ("rollouts", "profile", "stacks")
 """What the first host alone fetches, for the report."""
 
+REMEDY = "see to its quota, billing or permissions and run the same command again"
+_REFUSED = re.compile(
+    r"^Forbidden: \S+\s+(?P<gcsfs>.+)|"
+    r"^(?:PERMISSION_DENIED|UNAUTHENTICATED): .*http_response_body='.*?message\W+(?P<tensorstore>.*?)\\*\"",
+    re.DOTALL,
+)
+"""The errors of the two clients: gcsfs writes the small files, TensorStore the arrays."""
+
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # other hosts write, too
 
 
@@ -30,30 +39,39 @@ class _Copy:
     def __init__(self, local: Path, remote: epath.Path) -> None:
         self.local, self.remote = local, remote
         self.sent: dict[Path, tuple[int, int]] = {}
+        self.fetched: dict[Path, str] = {}
 
-    def fetch(self, folder: epath.Path) -> None:
-        """Copy the small files below a folder of the bucket to this machine."""
-        for path in folder.iterdir() if folder.exists() else ():
-            if path.name in ARRAYS or (path.name in FIRST and not hosts.is_first()):
+    def fetch(self) -> None:
+        """Copy the small files of the bucket that are new to this machine."""
+        system, root = fsspec.core.url_to_fs(str(self.remote))
+        for name, about in system.find(root, detail=True).items():
+            path = Path(name).relative_to(root)
+            if set(path.parts) & {*ARRAYS, *(() if hosts.is_first() else FIRST)}:
                 continue
-            if path.is_dir():
-                self.fetch(path)
-                continue
-            local = self.local / path.relative_to(self.remote)
-            local.parent.mkdir(parents=True, exist_ok=True)
-            local.write_bytes(path.read_bytes())
-            self.sent[local] = _version(local)
+            if self.fetched.get(path) != about["generation"]:
+                local = self.local / path
+                local.parent.mkdir(parents=True, exist_ok=True)
+                local.write_bytes(system.cat_file(name))
+                self.sent[local], self.fetched[path] = _version(local), about["generation"]
 
     def send(self) -> None:
         """Copy what has changed here into the bucket, and take away what is gone; DONE comes last."""
         found = [path for path in self.local.rglob("*") if path.is_file() and not set(LOCAL) & set(path.parts)]
         for path in sorted(found, key=lambda path: path.name == "DONE"):
             if self.sent.get(path) != (version := _version(path)) and not path.name.endswith(".partial"):
-                (self.remote / path.relative_to(self.local)).write_bytes(path.read_bytes())
+                self._write(path)
                 self.sent[path] = version
         for path in set(self.sent) - set(found):
             (self.remote / path.relative_to(self.local)).unlink(missing_ok=True)
             del self.sent[path]
+
+    def _write(self, path: Path) -> None:
+        try:
+            (self.remote / path.relative_to(self.local)).write_bytes(path.read_bytes())
+        except OSError as error:
+            if said := refusal(error):
+                raise OSError(f"{self.remote} cannot be written, the bucket says {said!r}: {REMEDY}") from error
+            raise
 
 
 _copies: list[_Copy] = []
@@ -83,7 +101,7 @@ def working_copy(out: str | Path) -> Iterator[Path]:
 
 def _fetch_all(copy: _Copy) -> None:
     try:
-        copy.fetch(copy.remote)
+        copy.fetch()
     except ImportError as error:
         raise ImportError(f"--out {copy.remote} needs gcsfs: run `pip install 'posttrain[gcs]'`") from error
     except Exception as error:
@@ -112,13 +130,20 @@ def publish() -> None:
             copy.send()
 
 
+def refusal(error: Exception) -> str:
+    """What Google Cloud Storage said when it would not take or give an object; empty for any other error."""
+    if found := _REFUSED.search(str(error)):
+        return " ".join((found["gcsfs"] or found["tensorstore"]).split())
+    return ""
+
+
 def refresh() -> None:
     """Let all other hosts have what the first has written until now. Every host must call."""
     publish()
     hosts.barrier()
     if not hosts.is_first():
         for copy in _copies:
-            copy.fetch(copy.remote)
+            copy.fetch()
 
 
 def remove(path: Path) -> None:

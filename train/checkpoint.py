@@ -11,7 +11,9 @@ import functools
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +58,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
         )
-        handlers = {"state": _handler(), "cursor": ocp.JsonCheckpointHandler()}
+        self._failures: list[BaseException] = []
+        handlers = {
+            "state": _noted(_handler(), self._failures),
+            "cursor": _noted(ocp.JsonCheckpointHandler(), self._failures),
+        }
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
@@ -68,6 +74,7 @@ class Checkpoints:
         if step == self.latest():
             return
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), cursor=ocp.args.JsonSave(dict(cursor)))
+        self.wait()
         with _explained(self.folder):
             bucket.publish()
             self._manager.save(step, args=args)
@@ -80,21 +87,27 @@ class Checkpoints:
         return both.state, dict(both.cursor)  # pyright: ignore[reportAttributeAccessIssue]
 
     def wait(self) -> None:
-        """Block until what was started is on disk."""
+        """Block until what was started is on disk, or could not be written by this host."""
         with _explained(self.folder):
+            while self._manager.is_saving_in_progress():
+                # Orbax says so only when all hosts have met, and those that could write wait for this one.
+                if self._failures:
+                    raise self._failures[0]
+                time.sleep(0.01)
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finish writing and let go."""
-        self.wait()
-        self._manager.close()
+        if not self._failures:
+            self.wait()
+            self._manager.close()
 
 
 def save_model(folder: Path, model: Model) -> None:
     """Write a finished model; the folder appears only when it is whole. Every host must call."""
     folder = folder.resolve()
     partial = folder.with_name(folder.name + ".partial")
-    with _explained(folder):
+    with _explained(bucket.place(folder)):
         if hosts.is_first():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -202,8 +215,9 @@ def _restore_params(folder: Path, abstract: Any, *, partial: bool = False) -> An
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=partial,
     )
-    with _explained(folder), ocp.Checkpointer(_handler()) as reader:
-        return reader.restore(bucket.place(folder / "params"), args=args)
+    place = bucket.place(folder / "params")
+    with _explained(place), ocp.Checkpointer(_handler()) as reader:
+        return reader.restore(place, args=args)
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
@@ -211,9 +225,46 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_compression=False)
 
 
+def _noted(handler: Any, failures: list[BaseException]) -> Any:
+    """The handler, which writes in the background, with a list of what went wrong there."""
+    save, finalize = handler.async_save, handler.finalize
+
+    async def async_save(*words: Any, **settings: Any) -> list[_Write]:
+        return [_Write(one, failures) for one in await save(*words, **settings) or ()]
+
+    def finish(directory: Any) -> None:
+        with _noting(failures):
+            finalize(directory)
+
+    handler.async_save, handler.finalize = async_save, finish
+    return handler
+
+
+@dataclass(frozen=True)
+class _Write:
+    """One of Orbax's futures, whose failure is noted when somebody waits for it."""
+
+    future: Any
+    failures: list[BaseException]
+
+    def result(self, timeout: float | None = None) -> Any:
+        """See `orbax.checkpoint.future.Future`."""
+        with _noting(self.failures):
+            return self.future.result(timeout)
+
+
+@contextlib.contextmanager
+def _noting(failures: list[BaseException]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        failures.append(error)
+        raise
+
+
 @contextlib.contextmanager
 def _explained(folder: Any) -> Iterator[None]:
-    """Say what a full disk means, and that nothing was lost. TensorStore wraps the system's message in an error."""
+    """Say what a full disk or bucket means, and that nothing was lost. TensorStore wraps what the system says."""
     try:
         yield
     except Exception as error:
@@ -222,5 +273,10 @@ def _explained(folder: Any) -> Iterator[None]:
             raise CheckpointError(
                 f"the disk that holds {folder} is full, or a quota or size limit is reached: free some space and run "
                 "the same command again; the last complete checkpoint is untouched"
+            ) from error
+        if refusal := bucket.refusal(error):
+            raise CheckpointError(
+                f"{folder} cannot be used, the bucket says {refusal!r}: {bucket.REMEDY}; the last "
+                "complete checkpoint is untouched"
             ) from error
         raise

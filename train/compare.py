@@ -102,7 +102,7 @@ class Compare:
             sampler = Sampler(sampling=self.sampling, slots=self.compute.slots, mesh=mesh, pool=pool, log=log)
             for number, start in enumerate(starts):
                 part = _part(out, number)
-                if not part.exists():
+                if not hosts.from_first(part.exists):
                     tasks = [self.tasks[i] for i in range(start, min(start + self.block, starts.stop))]
                     groups = self._answered(sampler, hosted, tokenizer, tasks, number)
                     with log.phase("verify"):

@@ -14,12 +14,16 @@ from ..data import pairs as preferences
 from ..data import shards
 from ..data.filters.funnel import Filter, Funnel, funnel, then
 from ..data.row import Row
+from ..sharding import hosts
 from . import programs
 from .metrics import Log
 
 Scorer = Callable[[Sequence[Row], jax.sharding.Mesh | None], Sequence[float]]
 """What gives rows their rewards, such as `rewards.ScoreRows`: finite numbers, the higher the better. In a recipe a
 frozen dataclass of settings with a `__call__`."""
+
+NOTHING = "nothing-kept"
+"""Where the reasons are if no row is left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,7 @@ class Curate:
         Raises:
             ValueError: for shards that are not what was written, or if no row is left.
         """
-        if (out / "rows").exists():
+        if hosts.from_first((out / "rows").exists) or (self.scorer is None and not hosts.is_first()):
             return
         with Log(out, title=out.name, total=1) as log, log.phase("filter"):
             rows = [row for folder in self.rows for row in shards.read_rows(folder)]
@@ -55,19 +59,22 @@ class Curate:
                 found = replace(found, kept=tuple(scored))
             if self.best:
                 found = then(found, funnel(found.kept, self.best))
-            nothing = out / "nothing-kept"
-            shutil.rmtree(nothing, ignore_errors=True)
-            shards.write_rows(
-                out / "rows" if found.kept else nothing,
-                found,
-                (*self.filters, *self.best),
-                title=out.name,
-                rows_per_shard=self.rows_per_shard,
-                format=self.format,
-            )
+            if hosts.is_first():
+                self._write(out, found)
             log.write(1, {"rows": len(rows), "kept": len(found.kept)})
         if not found.kept:
-            raise ValueError(_nothing_left(nothing, found))
+            raise ValueError(_nothing_left(out / NOTHING, found))
+
+    def _write(self, out: Path, found: Funnel) -> None:
+        shutil.rmtree(out / NOTHING, ignore_errors=True)
+        shards.write_rows(
+            out / ("rows" if found.kept else NOTHING),
+            found,
+            (*self.filters, *self.best),
+            title=out.name,
+            rows_per_shard=self.rows_per_shard,
+            format=self.format,
+        )
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
         """Nothing is compiled."""

@@ -1,8 +1,12 @@
 """Generation: prompts x samples from teachers, judged by the tasks' verifiers, as rows with their provenance.
 
 Prompts are dealt into blocks, and a block has a journal to which every answer and verdict is appended at once. What is
-in a journal is never asked for again: a run may be killed at any moment and goes on from there, and any number of
-processes can share the blocks. When all are complete, their rows are written to shards.
+in a journal is never asked for again: a run may be killed at any moment and goes on from there (in a bucket, where
+journals are sent block by block, from the last block). When all are complete, their rows are written to shards.
+
+The hosts of a run work on one block together: teachers on the mesh lie on all of their devices, each asks an endpoint
+for its share of the answers, each judges its share; the first writes. Processes that do not know of each other can
+share the blocks instead.
 """
 
 import contextlib
@@ -11,13 +15,14 @@ import itertools
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from ..data import columns, provenance, shards
+from ..data import columns, journal, provenance, shards
 from ..data.endpoint import Client, Endpoint
 from ..data.filters.funnel import funnel
 from ..data.journal import Journal
@@ -26,8 +31,9 @@ from ..data.task import Task, TaskSource
 from ..data.verify.pool import VerifierPool
 from ..model import sample
 from ..model.processing import Sampling
+from ..sharding import hosts
 from ..sharding import mesh as meshes
-from . import answers, checkpoint, programs
+from . import answers, bucket, checkpoint, programs
 from .answers import Answerer, Asked, Local, OverHttp, Teacher
 from .block import Block, Known, Schedule, verdict_line
 from .compute import Compute
@@ -88,21 +94,26 @@ class Generate:
         """
         if not 0 <= part < parts:
             raise ValueError(f"part {part} of {parts}: parts are numbered from 0 to {parts - 1}")
+        if parts > 1 and jax.process_count() > 1:
+            raise ValueError(
+                f"part {part} of {parts}, by {jax.process_count()} processes that know of each other: these share the "
+                "work by themselves, so leave out the parts"
+            )
         folder = out / "answers"
-        if not (out / "rows").exists():
+        if not hosts.from_first((out / "rows").exists):
             blocks = self._blocks()
-            waiting = [block for block in blocks[part::parts] if not block.complete(folder).exists()]
-            if waiting and not (out / "rows").exists():  # in this order: answers go once there are rows
+            complete = hosts.from_first(lambda: [block.complete(folder).exists() for block in blocks])
+            waiting = [block for block in blocks[part::parts] if not complete[block.number]]
+            if waiting and not hosts.from_first((out / "rows").exists):  # in this order: answers go once there are rows
                 log_folder = out if parts == 1 else out / f"part-{part}-of-{parts}"
                 done = len(blocks[part::parts]) - len(waiting)
                 with Log(log_folder, title=log_folder.name, total=done + len(waiting), start=done) as log:
                     self._answer(waiting, folder, log, mesh, first=done + 1)
-            if not all(block.complete(folder).exists() for block in blocks):
+            if hosts.is_first() and not self._finish(out, blocks):
                 return  # other parts are still at work
-            with _exclusive(out / ".writing"):
-                if not (out / "rows").exists():
-                    self._write(out, blocks)
-        shutil.rmtree(folder, ignore_errors=True)
+        if hosts.is_first():
+            shutil.rmtree(folder, ignore_errors=True)
+        hosts.barrier()
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
         """The programs of the first teacher on the mesh, for the prompts of all of them; none for endpoints."""
@@ -164,8 +175,8 @@ class Generate:
             for key, group in itertools.groupby(waiting, key=lambda block: block.teacher):
                 with self._open(key, sampler) as answer:
                     for block in group:
-                        numbers = self._complete(block, folder, answer, sampler)
-                        log.write(next(steps), numbers)
+                        log.write(next(steps), self._complete(block, folder, answer, sampler))
+                        bucket.publish()
 
     @contextlib.contextmanager
     def _open(self, key: str, sampler: Sampler) -> Iterator[Answerer]:
@@ -182,8 +193,8 @@ class Generate:
     def _complete(self, block: Block, folder: Path, answer: Answerer, sampler: Sampler) -> dict[str, float]:
         """Ask and judge until the block needs nothing more; its statistics."""
         tasks = {task.id: task for task in self._tasks(block)}
-        with Journal(block.journal(folder)) as lines:
-            known = Known.read(block.journal(folder))
+        known = Known.of(hosts.from_first(lambda: list(journal.read(block.journal(folder)))))
+        with _recording(block.journal(folder)) as record:
             for number in range(self.rounds):
                 asked = known.open_tasks(list(tasks.values()), number, self._schedule)
                 places = self._schedule.samples_of(number)
@@ -192,28 +203,36 @@ class Generate:
                 if any(key not in known.answers for key in expected):
                     with sampler.log.phase("rollout"):
                         for found in answer(Asked(asked, places, noise, set(known.answers))):
-                            lines.append(one._asdict() for one in found)
+                            record(one._asdict() for one in found)
                             known.add(found)
-                with sampler.log.phase("verify"):
-                    unjudged = [key for key in expected if key not in known.verdicts]
-                    texts = [answers.judged_text(known.answers[key].message) for key in unjudged]
-                    verdicts = sampler.pool.judge([tasks[task] for task, _ in unjudged], texts)
-                    found = dict(zip(unjudged, verdicts, strict=True))
-                    lines.append(verdict_line(key, verdict) for key, verdict in found.items())
-                    known.verdicts.update(found)
-            lines.sync()
-        block.journal(folder).rename(block.complete(folder))
+                unjudged = [key for key in expected if key not in known.verdicts]
+                waiting = [(tasks[key[0]], known.answers[key]) for key in unjudged]
+                verdicts = sampler.judged(waiting, lambda one: answers.judged_text(one.message))
+                judged = dict(zip(unjudged, verdicts, strict=True))
+                record(verdict_line(key, verdict) for key, verdict in judged.items())
+                known.verdicts.update(judged)
+        if hosts.is_first():
+            block.journal(folder).rename(block.complete(folder))
         return known.statistics(tasks)
 
     def _tasks(self, block: Block) -> list[Task]:
         return [self.prompts[source][index] for source, index in block.places]
+
+    def _finish(self, out: Path, blocks: Sequence[Block]) -> bool:
+        """Write the rows if all blocks are complete; whether they are."""
+        if not all(block.complete(out / "answers").exists() for block in blocks):
+            return (out / "rows").exists()
+        with _exclusive(out / ".writing"):
+            if not (out / "rows").exists():
+                self._write(out, blocks)
+        return True
 
     def _write(self, out: Path, blocks: Sequence[Block]) -> None:
         """The rows of all blocks, and what they took."""
         rows: list[Row] = []
         usage: dict[str, dict[str, float]] = {}
         for block in blocks:
-            known = Known.read(block.complete(out / "answers"))
+            known = Known.of(journal.read(block.complete(out / "answers")))
             rows += self._rows(block, known)
             numbers = known.statistics({task.id: task for task in self._tasks(block)})
             total = usage.setdefault(block.teacher, {"answers": 0, "prompt_tokens": 0, "tokens": 0})
@@ -238,6 +257,17 @@ class Generate:
             for task, (source, _) in zip(self._tasks(block), block.places, strict=True)
             for row in known.rows(task, teacher, origin=origins[source], sampling=sampling)
         ]
+
+
+@contextlib.contextmanager
+def _recording(file: Path) -> Iterator[Callable[[Iterable[Mapping[str, Any]]], None]]:
+    """What appends lines to a block's journal. Of several hosts, which all know the same, the first does."""
+    if not hosts.is_first():
+        yield lambda lines: None
+        return
+    with Journal(file) as opened:
+        yield opened.append
+        opened.sync()
 
 
 @contextlib.contextmanager

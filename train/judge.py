@@ -20,8 +20,9 @@ from ..data.task import Task, Verdict
 from ..data.tokenizer import Tokenizer
 from ..model import sample
 from ..model.processing import Sampling
+from ..sharding import hosts
 from . import checkpoint, rollout
-from .answers import request_settings
+from .answers import request_settings, under_way
 from .checkpoint import Model
 from .compute import Compute
 from .hosted import Hosted
@@ -100,7 +101,7 @@ def local(model: Model, sampling: Sampling, compute: Compute, mesh: jax.sharding
 
 
 def over_http(client: Client, sampling: Sampling) -> Ask:
-    """An endpoint that answers prompts, as many at a time as it allows."""
+    """An endpoint that answers prompts, as many at a time as it allows. Each host asks for its share."""
     settings = request_settings(sampling)
 
     def ask(prompts: Sequence[str]) -> list[str]:
@@ -108,8 +109,8 @@ def over_http(client: Client, sampling: Sampling) -> Ask:
             message = client.complete([{"role": "user", "content": prompt}], settings=settings).message
             return str(message.get("content") or "")
 
-        with ThreadPoolExecutor(client.endpoint.concurrency) as threads:
-            return list(threads.map(one, prompts))
+        with ThreadPoolExecutor(under_way(client.endpoint)) as threads:
+            return hosts.together(list(threads.map(one, hosts.share(prompts))))
 
     return ask
 

@@ -101,7 +101,7 @@ def train(
         Interrupted: after a signal to any host, with everything that was done saved.
     """
     checkpoints = Checkpoints(out / "checkpoints", keep=compute.keep, keep_every=compute.keep_every)
-    done = checkpoints.latest() or 0
+    done = hosts.from_first(checkpoints.latest) or 0
     watchdog.beat("opening the model", warm=False)
     stop.set_lossless(True)
     with contextlib.closing(checkpoints), Log(out, title=out.name, total=steps, start=done) as log:

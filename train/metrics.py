@@ -12,7 +12,7 @@ import jax
 import rich.progress
 
 from ..sharding import hosts
-from . import attempts, watchdog
+from . import attempts, trackers, watchdog
 
 _COMPILE_EVENTS = ("/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration")
 _running: list["Log"] = []
@@ -39,7 +39,8 @@ class Log:
         self.folder, self.path, self.writes = folder, folder / "metrics.jsonl", hosts.is_first()
         self.seconds: dict[str, float] = defaultdict(float)
         self.own: dict[str, float] = defaultdict(float)
-        self.title, self._resumes, self._nested = title, start > 0, 0.0
+        self.title, self._start, self._nested = title, start, 0.0
+        self._trackers: list[trackers.Tracker] = []
         if self.writes:
             folder.mkdir(parents=True, exist_ok=True)
             self._keep_until(start)
@@ -56,6 +57,8 @@ class Log:
         self._task = self._progress.add_task(title, total=total, completed=start, note="")
 
     def __enter__(self) -> "Log":
+        if self.writes:
+            self._trackers = trackers.opened(self.folder, start=self._start)
         _running.append(self)
         self._progress.start()
         begun = attempts.started(self.folder) if self.writes else None
@@ -66,13 +69,15 @@ class Log:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
         _running.remove(self)
+        for tracker in self._trackers:
+            tracker.close()
         if self.writes:
             attempts.note(self.folder, self.lap())
 
     @property
     def opening(self) -> str:
         """The phase before the first step: "init", or "recovery" where a run goes on."""
-        return "recovery" if self._resumes else "init"
+        return "recovery" if self._start else "init"
 
     def waste(self) -> None:
         """What was done since the last line is thrown away."""
@@ -118,6 +123,8 @@ class Log:
         if self.writes:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+        for tracker in self._trackers:
+            tracker.write(step, trackers.flat(line))
         shown = [name for name in ("reward", "kl", "loss") if name in numbers][:2]
         note = "  ".join(f"{name} {numbers[name]:.3f}" for name in shown)
         self._progress.update(self._task, completed=step, note=note)

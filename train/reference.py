@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from ..data.pack import Group, pack_groups
+from ..sharding import hosts
 from . import bucket, checkpoint, fingerprint, score
 from .compute import Compute
 from .metrics import Log
@@ -65,7 +66,7 @@ class Reference:
         with Log(folder, title=f"{folder.parent.name} {folder.name}", total=len(blocks)) as log, jax.set_mesh(mesh):
             for number, numbers in enumerate(blocks):
                 file = folder / f"{number:06d}.npz"
-                if not file.exists():
+                if not hosts.from_first(file.exists):
                     check_stop()
                     with log.phase("teacher"):
                         _store(file, _score(model, [groups(i) for i in numbers], compute, mesh), numbers)
@@ -92,12 +93,12 @@ def _remember(folder: Path, model: checkpoint.Model, path: str) -> dict[str, str
         "dtype": model.config.dtype,
     }
     file = folder / "identity.json"
-    if not file.exists():
+    if hosts.is_first() and not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(now, indent=2) + "\n")
         partial.rename(file)
-    stored = json.loads(file.read_text())
+    stored = json.loads(hosts.from_first(file.read_text))
     if stored != now:
         changed = ", ".join(name for name in now if stored.get(name) != now[name])
         raise ValueError(
@@ -122,7 +123,7 @@ def _checksum(group: Group) -> int:
 
 
 def _store(file: Path, scored: list[Scored], numbers: Sequence[int]) -> None:
-    if jax.process_index():
+    if not hosts.is_first():
         return
     arrays: dict[str, Any] = {
         "numbers": np.asarray(numbers, np.int64),

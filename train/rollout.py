@@ -6,7 +6,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -26,6 +26,8 @@ from .compute import Compute
 from .losses import advantage
 from .metrics import Log
 from .stop import check_stop
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +73,8 @@ class Sampler:
         """`num_samples` judged answers to each task."""
         generated = self.generations(model, tasks, num_samples=num_samples, noise=noise)
         flat = [(task, one) for task, (_, group) in zip(tasks, generated, strict=True) for one in group]
-        with self.log.phase("verify"):
-            mine = hosts.share(flat)  # each host's workers judge their part of the answers
-            texts = [model.tokenizer.decode(answer.tokens.tolist(), skip_special=True) for _, answer in mine]
-            judged = self.pool.judge([task for task, _ in mine], texts)
-        with self.log.phase("sync"):
-            verdicts = (Verdict(*fields) for fields in hosts.together(judged))
+        judged = self.judged(flat, lambda one: model.tokenizer.decode(one.tokens.tolist(), skip_special=True))
+        verdicts = iter(judged)
         groups = [
             [self._rollout(task, prompt, answer, next(verdicts), version) for answer in group]
             for task, (prompt, group) in zip(tasks, generated, strict=True)
@@ -85,6 +83,14 @@ class Sampler:
             return groups
         with self.log.phase("verify"):
             return rewarded(groups, self.score(model, groups))
+
+    def judged(self, answers: Sequence[tuple[Task, T]], text: Callable[[T], str]) -> list[Verdict]:
+        """The verdict on each answer to a task, which `text` reads; each host's workers judge their part of them."""
+        with self.log.phase("verify"):
+            mine = hosts.share(answers)
+            found = self.pool.judge([task for task, _ in mine], [text(one) for _, one in mine])
+        with self.log.phase("sync"):
+            return [Verdict(*fields) for fields in hosts.together(found)]
 
     def generations(
         self, model: Model, tasks: Sequence[Task], *, num_samples: int, noise: sample.Noise

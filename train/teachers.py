@@ -8,7 +8,9 @@ import numpy as np
 
 from ..data.endpoint import Client, Endpoint
 from ..data.tokenizer import Tokenizer
+from ..sharding import hosts
 from . import checkpoint
+from .answers import under_way
 from .compute import Compute
 from .hosted import Hosted
 from .rollout import Rollout
@@ -50,14 +52,18 @@ class Teachers(Hosted):
         return checkpoint.Model(*self(domain), self._tokenizers[self._paths[domain]])
 
     def scores(self, domain: str, rollouts: Sequence[Rollout]) -> Callable[[Rollout], np.ndarray]:
-        """Log-probabilities of answers' tokens under a domain's endpoint, at temperature 1, by rollout: float32 [N]."""
+        """Log-probabilities of answers' tokens under a domain's endpoint, at temperature 1, by rollout: float32 [N].
+
+        Each host asks for its share.
+        """
         client = self._clients[domain]
-        with ThreadPoolExecutor(client.endpoint.concurrency) as threads:
-            echoes = list(threads.map(lambda one: client.echo([*one.prompt, *map(int, one.tokens)]), rollouts))
-        found = {
-            id(one): np.asarray(echo.logp[len(one.prompt) :], np.float32)
-            for one, echo in zip(rollouts, echoes, strict=True)
-        }
+
+        def ask(one: Rollout) -> list[float]:
+            return [float(x) for x in client.echo([*one.prompt, *map(int, one.tokens)]).logp[len(one.prompt) :]]
+
+        with ThreadPoolExecutor(under_way(client.endpoint)) as threads:
+            logp = hosts.together(list(threads.map(ask, hosts.share(rollouts))))
+        found = {id(one): np.asarray(values, np.float32) for one, values in zip(rollouts, logp, strict=True)}
         return lambda one: found[id(one)]
 
 

@@ -1,5 +1,6 @@
 """`posttrain generate`: answers of teachers to tasks, judged and filtered, as shards."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import rich.console
 from ...data import shards
 from ...data.endpoint import Endpoint
 from ...data.filters import outcome, repetition, wording
+from ...sharding import hosts
 from ...train import stop
 from ...train.answers import Local, Teacher
 from ...train.curate import Curate
 from ...train.generate import ANY, Generate
-from .. import funnels, lock, report
+from .. import cluster, funnels, lock, report
 from ..recipe import Training, remember
 from ..tasks import Verifier, source
 
@@ -42,7 +44,7 @@ def main(
         verifier: what judges answers to JSON Lines files.
         keep: the most rows of a prompt that are kept, the shortest.
         part: which of the processes that share the work this is.
-        parts: how many they are.
+        parts: how many they are; 1 also for hosts of `jax.distributed`, which share it by themselves.
         endpoint: settings of all endpoints.
         settings: settings of the generation.
     """
@@ -54,22 +56,28 @@ def main(
         **settings,
     )
     folder, console = out / "generated", rich.console.Console(markup=False)
-    with stop.listening(GRACE), lock.held(out if parts == 1 else out / f"part-{part}-of-{parts}"):
+    alone = parts > 1  # on a pod, too: processes that are told their part do not look for each other
+    with stop.listening(GRACE), contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.nullcontext() if alone else cluster.joined())
+        if hosts.is_first():
+            stack.enter_context(lock.held(out / f"part-{part}-of-{parts}" if alone else out))
         remember(folder, stage, out)
-        if not (folder / "DONE").exists():
+        if not hosts.from_first((folder / "DONE").exists):
             stage.train(folder, part=part, parts=parts)
-        if not (folder / "rows").exists():
+        if not hosts.from_first((folder / "rows").exists):
             console.print(f"part {part} of {parts} is done; the part that is done last writes the rows")
             return
-        (folder / "DONE").touch()
+        if hosts.is_first():
+            (folder / "DONE").touch()
+            stack.enter_context(lock.held(out / "kept"))
         best = outcome.ShortestCorrect(count=keep, passing=stage.passing)
         filters = (*FILTERS, outcome.Verified(passing=stage.passing), best)
-        with lock.held(out / "kept"):
-            kept = Training(out)("kept", Curate(rows=(str(folder),), filters=filters))
-    for one in funnels.read(out, ["kept"]):
-        console.print(report.funnel_table(one))
-    count = len(shards.read_rows(kept))
-    console.print(f"{count} rows are kept: {Path(kept) / 'rows'}", soft_wrap=True, highlight=False)
+        kept = Training(out)("kept", Curate(rows=(str(folder),), filters=filters))
+        if hosts.is_first():
+            for one in funnels.read(out, ["kept"]):
+                console.print(report.funnel_table(one))
+            count = len(shards.read_rows(kept))
+            console.print(f"{count} rows are kept: {Path(kept) / 'rows'}", soft_wrap=True, highlight=False)
 
 
 def teacher(word: str, endpoint: Mapping[str, Any]) -> tuple[str, Teacher]:

@@ -17,7 +17,9 @@ import tyro
 from ...sharding import rules, topology
 from .. import compiled, plan_page
 from ..plan import Request
-from .run import WIDTH, with_options
+from .run import with_options
+
+WIDTH = 220  # of the table in a file or a pipe: no cell is cut
 
 
 def command(name: str) -> Callable[..., None]:

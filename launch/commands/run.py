@@ -14,7 +14,7 @@ import rich.console
 import tyro
 
 from ...sharding import hosts
-from ...train import bucket, profile, stop, watchdog
+from ...train import bucket, profile, stop, trackers, watchdog
 from .. import cluster, comparison, funnels, lock, machine, report
 from .. import flags as presets
 from ..comparison import Comparison
@@ -59,8 +59,15 @@ def command(name: str) -> Callable[..., None]:
         flags: Annotated[
             str, tyro.conf.arg(metavar="PRESET", help="Flags of the TPU compiler, a preset of launch/flags.py by name.")
         ] = "",
+        tensorboard: Annotated[
+            bool, tyro.conf.arg(help="Write TensorBoard event files beside metrics.jsonl, in STAGE/tensorboard.")
+        ] = False,
+        wandb: Annotated[
+            str, tyro.conf.arg(metavar="PROJECT", help="Log to this project of Weights & Biases too, a run per stage.")
+        ] = "",
         **options: Any,
     ) -> None:
+        trackers.request(trackers.Wanted(tensorboard, wandb))
         if flags:
             presets.use(flags)
         watch = Watch(profile=steps(profile), grace=grace, stuck_after=stuck_after)
