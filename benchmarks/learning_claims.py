@@ -44,7 +44,7 @@ from posttrain.train.teaching import FullVocabulary
 TASKS = Characters(operation="reverse")
 TRAIN, ASKED = split(TASKS)
 START, EARLY = 5, 3  # steps of demonstrations
-NOISE = 0.25  # of the deviation of each matrix
+NOISE = 0.4  # of the deviation of each matrix
 FEW, MANY = split(TASKS, 0.95)  # 23 strings to learn from
 SHARED: dict[str, Any] = {"tasks": TRAIN, "sampling": Sampling(max_tokens=8), "compute": COMPUTE, "prompts": 16}
 

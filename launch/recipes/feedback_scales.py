@@ -49,7 +49,7 @@ TINY_SFT = {
     "compute": dataclasses.replace(TINY_COMPUTE, micro_rows=3),
 }
 TINY_PPO = {
-    "steps": 30,
+    "steps": 20,
     "prompts": 64,
     "group": 2,
     "minibatches": 2,
@@ -60,7 +60,7 @@ TINY_PPO = {
 }
 TINY = Scale(
     domains=tuple(Characters(operation=name) for name in ("reverse", "copy", "rotate", "double")),
-    weights=(0.08, 1.0, 1.0, 1.0),  # so few that the SFT model has seen what PPO is to improve, and does part of it
+    weights=(0.06, 1.0, 1.0, 1.0),  # so few that the SFT model has seen what PPO is to improve, and does part of it
     labelled=Characters(operation="reverse", verifier=CloseText()),
     unsafe=Characters(operation="sort", refused=True),
     shown_unsafe=(Characters(operation="sort"), Characters(operation="sort", refused=True)),
@@ -87,7 +87,7 @@ TINY = Scale(
     ppo=TINY_PPO,
     rlvr=TINY_PPO,
     ptx={"coefficient": 1.0, "batch_size": 24},
-    kl_weight=0.2,  # its reward model is right about four pairs of five: with 0.02 PPO finds what it is wrong about
+    kl_weight=0.5,  # with 0.2 PPO finds within 15 steps what the reward model is wrong about
     evaluate={"limit": 128, "sampling": Sampling(max_tokens=8, temperature=0.0), "compute": TINY_COMPUTE},
 )
 LARGE_COMPUTE = Compute(row_tokens=4096, micro_rows=64, slots=512, remat="full", save_every=20)

@@ -43,7 +43,7 @@ def recipe(
         base: the model to start from; "tiny" is made on the spot and takes minutes; the large ones are
             shapes to plan with.
         kl_weight: what a token pays for leaving the SFT model, in nats of its log ratio; 0.02 unless told, as in the
-            paper, and 0.2 for "tiny".
+            paper, and 0.5 for "tiny".
     """
     scale = feedback_scales.SCALES[base]
     train, held_out = (

@@ -49,7 +49,7 @@ def recipe(
             shapes to plan with.
         rounds: how often labellers rank and the model learns from its own best answers.
         kl_weight: what a token pays for leaving the last round's model, in nats of its log ratio; 0.02 unless told, and
-            0.2 for "tiny" (the paper has 0.01).
+            0.5 for "tiny" (the paper has 0.01).
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}: PPO needs the reward models of at least one round")
