@@ -96,7 +96,7 @@ def ours(params: transformer.Params, pairs: list[dict[str, list[int]]]) -> Run:
         start = time.perf_counter()
         jax.block_until_ready(score.token_logp(CONFIG, params, plain))
         scoring = time.perf_counter() - start
-        return {"seconds": seconds, "reference": scoring, "loss": float(losses[0]), "last_loss": float(losses[-1])}
+        return {"seconds": seconds, "reference": scoring, "losses": [float(x) for x in losses]}
 
     return run
 
@@ -126,11 +126,11 @@ def main(args: Args) -> None:
     peer_name = f"TRL {peer.versions['trl']} (torch {peer.versions['torch']})" if peer else "TRL"
     medians = {name: f"{statistics.median(values):.2f}" for name, values in rates.items()}
     cells = (f"DPO step of {PAIRS} pairs", medians["posttrain"], medians.get("TRL", "-"), *beside.spread(row))
-    losses = ", ".join(f"{name} {x['loss']:.6f} and {x['last_loss']:.6f}" for name, x in first.items())
+    losses = "; ".join(f"{name} {' '.join(f'{x:.6f}' for x in one['losses'])}" for name, one in first.items())
     teacher, train = (statistics.median(x[key] for x in timed["posttrain"]) for key in ("reference", "seconds"))
     spent = {"rollout": 0.0, "verify": 0.0, "teacher": teacher, "train": train / STEPS, "sync": 0.0}
     notes = (
-        f"losses of steps 1 and {STEPS}: {losses}",
+        f"losses of the first steps: {losses}",
         f"ours, if every pair is seen once and the reference scores it before: {beside.shares(spent)}",
     )
     heads = ("", f"posttrain (jax {jax.__version__})", peer_name, "ratio", "ratio of single rounds")

@@ -17,7 +17,19 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 import tyro
-from tiny_runs import COMPUTE, HELD_OUT, Measured, Settings, accuracy, demonstrated, pretrained, seeds, slug, split
+from tiny_runs import (
+    COMPUTE,
+    HELD_OUT,
+    Measured,
+    Settings,
+    accuracy,
+    demonstrated,
+    pretrained,
+    seeds,
+    slug,
+    split,
+    taught,
+)
 
 from posttrain.data.characters import Characters
 from posttrain.launch.recipe import Training
@@ -32,6 +44,7 @@ from posttrain.train.teaching import FullVocabulary
 TASKS = Characters(operation="reverse")
 TRAIN, ASKED = split(TASKS)
 START, EARLY = 5, 3  # steps of demonstrations
+NOISE = 0.4  # of the deviation of each matrix
 FEW, MANY = split(TASKS, 0.95)  # 23 strings to learn from
 SHARED: dict[str, Any] = {"tasks": TRAIN, "sampling": Sampling(max_tokens=8), "compute": COMPUTE, "prompts": 16}
 
@@ -111,21 +124,21 @@ def _noisy(params: Any, step: int, noise: float) -> Any:
 
 def mismatch(run: Training, seed: int) -> Measured:
     """RL with a noisy sampler under each correction; and with an exact one."""
-    start = started(run, seed)
+    start = taught(run, pretrained(run, seed), (TRAIN, ASKED), levels={"start": 0.4}, seed=seed)["start"]
     plan = dataclasses.replace(objective.olmo(rounds=1), correction=correction.Uncorrected())
     ways: dict[str, tuple[float, Any]] = {
         "exact sampler": (0.0, plan.correction),
-        "noisy, uncorrected": (0.25, plan.correction),
-        "noisy, TIS at 2": (0.25, correction.Truncated()),
-        "noisy, IcePop in [0.5, 2]": (0.25, correction.Masked()),
-        "noisy, sequences at 2": (0.25, correction.TruncatedSequence()),
+        "noisy, uncorrected": (NOISE, plan.correction),
+        "noisy, TIS at 2": (NOISE, correction.Truncated()),
+        "noisy, IcePop in [0.5, 2]": (NOISE, correction.Masked()),
+        "noisy, sequences at 2": (NOISE, correction.TruncatedSequence()),
     }
     nothing = {"mismatch": 0.0, "outside": 0.0}
     found = {"start": {HELD_OUT: accuracy(run, "start", start, ASKED), **nothing}}
     for name, (noise, way) in ways.items():
         stage = Noisy(
-            start=start, noise=noise, steps=60, group=8, seed=seed,
-            objective=dataclasses.replace(plan, correction=way), optimizer=AdamW(learning_rate=8e-4), **SHARED,
+            start=start, noise=noise, steps=50, group=8, seed=seed,
+            objective=dataclasses.replace(plan, correction=way), optimizer=AdamW(learning_rate=4e-4), **SHARED,
         )  # fmt: skip
         folder = run(slug(name), stage)
         lines = [line for line in metrics.read(Path(folder) / "metrics.jsonl") if "mismatch" in line]

@@ -51,6 +51,7 @@ def one(run: Training, seed: int) -> Measured:
         ways = {
             "SFT on chosen": SFT(data=chosen, optimizer=adam, **shared),
             "DPO": Prefer(data=ranked, objective=DPO(beta=0.1), optimizer=gentle, **shared),
+            "DPO with 0.2 NLL": Prefer(data=ranked, objective=DPO(beta=0.1, nll=0.2), optimizer=gentle, **shared),
             "DPO-norm": Prefer(data=ranked, objective=LengthNormalizedDPO(beta=1.0), optimizer=gentle, **shared),
         }
         for way, stage in ways.items():

@@ -25,7 +25,8 @@ from posttrain.train.sft import SFT
 
 COMPUTE = Compute(row_tokens=208, micro_rows=2, slots=128, save_every=1000)
 HELD_OUT = "held out"
-PRETRAINED, OTHERS = 200, ("copy", "rotate", "double", "sort")
+PRETRAINED = 200  # steps
+OTHERS = tuple(Characters(operation=name) for name in ("copy", "rotate", "double", "sort"))
 
 Measured = Mapping[str, Mapping[str, float]]
 """Numbers by way of training and by name; all ways have the same names, the first of them `HELD_OUT`."""
@@ -64,7 +65,7 @@ def demonstrated(tasks: TaskSource, *, start: str, steps: int, seed: int, optimi
 
 def pretrained(run: Training, seed: int) -> str:
     """A model that does other things with letters, and so learns a new one as a pretrained one does: gradually."""
-    sources = tuple(split(Characters(operation=name))[0] for name in OTHERS)
+    sources = tuple(split(other)[0] for other in OTHERS)
     others = Mixture(sources=sources, weights=(1.0,) * len(sources), size=4096)
     adam = AdamW(learning_rate=2e-3, warmup_steps=10)
     return run("pretrained", demonstrated(others, start="tiny", steps=PRETRAINED, seed=seed, optimizer=adam))
@@ -95,7 +96,7 @@ def taught(run: Training, start: str, tasks: tuple[Split, Split], *, levels: Map
     found: dict[str, str] = {}
     model, now, turn = start, 0.0, 0
     for name, level in levels.items():
-        while now < level and turn < 40:
+        while now < level and turn < 120:
             turn += 1
             model = run(f"lesson-{turn}", demonstrated(tasks[0], start=model, steps=2, seed=100 * seed + turn))
             now = accuracy(run, f"lesson-{turn}", model, tasks[1], temperature=1.0)

@@ -1,6 +1,7 @@
 """What is sampled from: one model, or a student and a teacher whose distributions are mixed at every token."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +52,10 @@ class Mixed:
 
 
 Speaker = ModelConfig | Mixed
-Caches = Cache | tuple[Cache, ...]
-Params = transformer.Params | tuple[transformer.Params, ...]
+Caches = Any
+"""A cache, or one for each of the models that are mixed."""
+Params = Any
+"""A model's parameters, or a pair of them."""
 
 
 def empty(config: Speaker, batch: int, slots: int) -> Caches:
@@ -97,7 +100,7 @@ def scores(
         logp = [jax.nn.log_softmax(processing.tempered(x, warmth), axis=-1) for x in (student, teacher)]
         share = config.teacher_share
         mixed = jnp.logaddexp(jnp.log1p(-share) + logp[0], jnp.log(share) + logp[1])
-        return mixed * jnp.where(warmth == 0, 1.0, warmth), (one, other)  # pyright: ignore[reportReturnType]
+        return mixed * jnp.where(warmth == 0, 1.0, warmth), (one, other)
     hidden, cache = transformer.apply(config, params, tokens, positions=positions, segments=segments, cache=cache)
     if last is not None:
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)

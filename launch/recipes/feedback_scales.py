@@ -38,6 +38,7 @@ class Scale:
     prefer: Mapping[str, Any]
     rlvr: Mapping[str, Any]
     ptx: Mapping[str, Any] = field(default_factory=dict)
+    kl_weight: float = 0.02
     demonstrations: int = 4096
 
 
@@ -48,18 +49,18 @@ TINY_SFT = {
     "compute": dataclasses.replace(TINY_COMPUTE, micro_rows=3),
 }
 TINY_PPO = {
-    "steps": 30,
+    "steps": 20,
     "prompts": 64,
     "group": 2,
     "minibatches": 2,
     "sampling": Sampling(max_tokens=8),
-    "optimizer": AdamW(learning_rate=6e-4, warmup_steps=3),
+    "optimizer": AdamW(learning_rate=3e-4, warmup_steps=3),
     "critic_optimizer": AdamW(learning_rate=1e-3, warmup_steps=3),
     "compute": TINY_COMPUTE,
 }
 TINY = Scale(
     domains=tuple(Characters(operation=name) for name in ("reverse", "copy", "rotate", "double")),
-    weights=(0.045, 1.0, 1.0, 1.0),  # so few that the SFT model has seen what PPO is to improve, and does part of it
+    weights=(0.06, 1.0, 1.0, 1.0),  # so few that the SFT model has seen what PPO is to improve, and does part of it
     labelled=Characters(operation="reverse", verifier=CloseText()),
     unsafe=Characters(operation="sort", refused=True),
     shown_unsafe=(Characters(operation="sort"), Characters(operation="sort", refused=True)),
@@ -67,7 +68,7 @@ TINY = Scale(
     weaker={**TINY_SFT, "steps": 120},
     compare={"limit": 360, "sampling": Sampling(max_tokens=8), "compute": TINY_COMPUTE},
     reward={
-        "steps": 60,
+        "steps": 120,
         "batch_size": 24,
         "optimizer": AdamW(learning_rate=1e-3, schedule="cosine", final=0.1, warmup_steps=5),
         "compute": TINY_COMPUTE,
@@ -86,6 +87,7 @@ TINY = Scale(
     ppo=TINY_PPO,
     rlvr=TINY_PPO,
     ptx={"coefficient": 1.0, "batch_size": 24},
+    kl_weight=0.5,  # with 0.2 PPO finds within 15 steps what the reward model is wrong about
     evaluate={"limit": 128, "sampling": Sampling(max_tokens=8, temperature=0.0), "compute": TINY_COMPUTE},
 )
 LARGE_COMPUTE = Compute(row_tokens=4096, micro_rows=64, slots=512, remat="full", save_every=20)
