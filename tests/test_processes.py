@@ -78,7 +78,8 @@ def test_two_hosts_that_are_stopped_killed_and_stuck_anywhere_end_with_what_one_
     paces = [json.loads(line) for line in (out / "rl" / "paces.jsonl").read_text().splitlines()]
     assert [one["host"][:6] for one in paces[-1]["hosts"]] == ["host 0", "host 1"]
     report = json.loads((out / "report.json").read_text())
-    assert report["restarts"] == {"interrupted": 2, "killed": 4, "failed": 0}
+    restarts = report["restarts"]  # what the first host's attempt is called when another fails is up to who is faster
+    assert (restarts["interrupted"], restarts["killed"] + restarts["failed"]) == (2, 4)
     assert min(report["seconds"][phase] for phase in ("init", "sync", "recovery", "checkpoint", "wasted")) > 0
 
 
