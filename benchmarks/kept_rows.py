@@ -21,7 +21,6 @@ import tyro
 from posttrain.data.conversations import Rows
 from posttrain.data.filters.funnel import PromptFilter
 from posttrain.data.row import Row
-from posttrain.data.tasks import Split
 from posttrain.launch.recipe import Training
 from posttrain.launch.recipes import engine_scales, olmo3
 from posttrain.train import evaluate
@@ -59,24 +58,21 @@ class First(PromptFilter):
 def main(settings: Settings) -> None:
     """Print a table, in Markdown: each arm's score by domain, and the difference, over seeds."""
     scale, run = engine_scales.SCALES[settings.base], Training(settings.out)
-    parts = {
-        part: tuple(Split(source=one, part=part, fraction=olmo3.HELD_OUT) for one in scale.domains)
-        for part in ("train", "held_out")
-    }
-    start = run("start", scale.start(parts["train"]) if scale.start else Convert(source=settings.base))
+    prompts, held_out = engine_scales.parts(scale.domains)
+    start = run("start", scale.start(prompts) if scale.start else Convert(source=settings.base))
     asked = {**scale.generate, "sampling": dataclasses.replace(scale.generate["sampling"], temperature=1.0)}
-    generated = run("generated", Generate(prompts=parts["train"], teachers={ANY: Local(model=start)}, **asked))
+    generated = run("generated", Generate(prompts=prompts, teachers={ANY: Local(model=start)}, **asked))
     arms = {
         "unfiltered": run("unfiltered", Curate(rows=(generated,), filters=(First(count=scale.keep),))),
-        "kept": run("kept", Curate(rows=(generated,), filters=olmo3.filters(parts["held_out"], scale.keep))),
+        "kept": run("kept", Curate(rows=(generated,), filters=olmo3.filters(held_out, scale.keep))),
     }
     scores: dict[str, list[dict[str, Score]]] = collections.defaultdict(list)
-    scores["start"].append(_score(run, "start", start, parts["held_out"], scale))
+    scores["start"].append(_score(run, "start", start, held_out, scale))
     for seed in range(settings.seeds):
         for name, rows in arms.items():
             stage = SFT(start=start, data=Rows(folders=(rows,)), optimizer=scale.high, seed=seed, **scale.sft)
             model = run(f"sft-{name}-{seed}", stage)
-            scores[name].append(_score(run, f"{name}-{seed}", model, parts["held_out"], scale))
+            scores[name].append(_score(run, f"{name}-{seed}", model, held_out, scale))
     _print(scores)
 
 

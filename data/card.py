@@ -7,27 +7,59 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .filters.funnel import Funnel
-from .pairs import Pair
+from .filters.funnel import Step
 from .row import Row
 
+_ORIGINS = {
+    "Teachers": ("teacher", "fingerprint"),
+    "Sampling": ("settings",),
+    "Prompt sources": ("source",),
+    "Verifiers": ("name", "version"),
+    "Licences": ("licence",),
+}
 
-def of_rows(title: str, found: Funnel, settings: Any, format: str = "parquet") -> str:
-    """The card of what a funnel kept: rows and tokens by domain, the funnel, teachers, sampling, sources, licences."""
-    domains = sorted({step.domain for step in found.steps} | {row.domain for row in found.kept})
-    kept = {domain: [row for row in found.kept if row.domain == domain] for domain in domains}
-    counts = [[domain, len(rows), sum(row.num_tokens for row in rows)] for domain, rows in kept.items()]
+
+class Counts:
+    """What a card tells of rows, counted as they are written."""
+
+    def __init__(self) -> None:
+        self.rows: Counter[str] = Counter()  # by domain, as tokens
+        self.tokens: Counter[str] = Counter()
+        self.dropped = 0
+        self.origins: dict[str, Counter[tuple[str, ...]]] = {name: Counter() for name in _ORIGINS}
+
+    @property
+    def licences(self) -> set[str]:
+        """All licences of the rows."""
+        return {licence for (licence,) in self.origins["Licences"]}
+
+    def add(self, row: Row) -> None:
+        """Count a row."""
+        came = row.provenance
+        self.rows[row.domain] += 1
+        self.tokens[row.domain] += row.num_tokens
+        self.origins["Teachers"][came.teacher, came.teacher_fingerprint] += 1
+        self.origins["Sampling"][(json.dumps(came.sampling, sort_keys=True),)] += 1
+        self.origins["Prompt sources"][(came.prompt_source,)] += 1
+        self.origins["Verifiers"].update(came.verifiers.items())
+        self.origins["Licences"].update((licence,) for licence in row.licences)
+
+
+def of_rows(title: str, kept: Counts, steps: Sequence[Step], settings: Any, format: str = "parquet") -> str:
+    """The card of what filters kept: rows and tokens by domain, the funnel, teachers, sampling, sources, licences."""
+    domains = sorted({step.domain for step in steps} | set(kept.rows))
+    counts = [[domain, kept.rows[domain], kept.tokens[domain]] for domain in domains]
     return "\n".join(
         [
-            *_header(title, found.kept, f"rows-*.{format}"),
-            f"{len(found.kept)} rows were kept and {len(found.dropped)} dropped. Each row holds its provenance; the "
+            *_header(title, kept.licences, f"rows-*.{format}"),
+            f"{kept.rows.total()} rows were kept and {kept.dropped} dropped. Each row holds its provenance; the "
             f"dropped rows, with filter and reason, are in dropped-*.{format}.",
             "",
             "## Domains",
             *_table(["domain", "rows", "response tokens"], counts),
             "## Funnel",
-            *_table(["filter", *domains], funnel_rows(found)),
-            *_origins(found.kept),
+            *_table(["filter", *domains], funnel_rows(steps)),
+            *_origins(kept),
             "## Filters",
             "```json",
             json.dumps(settings, indent=1, ensure_ascii=False),
@@ -37,22 +69,21 @@ def of_rows(title: str, found: Funnel, settings: Any, format: str = "parquet") -
     )
 
 
-def of_pairs(title: str, pairs: Sequence[Pair]) -> str:
-    """The card of preference pairs."""
-    counts = Counter(pair.chosen.domain for pair in pairs)
+def of_pairs(title: str, chosen: Counts, rejected: Counts) -> str:
+    """The card of preference pairs, from the counts of their two sides."""
     return "\n".join(
         [
-            *_header(title, [row for pair in pairs for row in (pair.chosen, pair.rejected)], "pairs-*.parquet"),
-            f"{len(pairs)} pairs of a chosen and a rejected answer.",
+            *_header(title, chosen.licences | rejected.licences, "pairs-*.parquet"),
+            f"{chosen.rows.total()} pairs of a chosen and a rejected answer.",
             "",
             "## Domains",
-            *_table(["domain", "pairs"], sorted(counts.items())),
+            *_table(["domain", "pairs"], sorted(chosen.rows.items())),
             "# Chosen",
             "",
-            *_origins([pair.chosen for pair in pairs]),
+            *_origins(chosen),
             "# Rejected",
             "",
-            *_origins([pair.rejected for pair in pairs]),
+            *_origins(rejected),
         ]
     )
 
@@ -63,38 +94,26 @@ def files(written: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(["## Files", *_table(["file", "rows", "bytes", "sha256"], rows)])
 
 
-def funnel_rows(found: Funnel) -> list[list[Any]]:
+def funnel_rows(steps: Sequence[Step]) -> list[list[Any]]:
     """The funnel as a table: how many rows of each domain came in, and how many were left after each filter."""
     left: dict[str, dict[str, int]] = {"(generated)": {}}
-    for step in found.steps:
+    for step in steps:
         left["(generated)"].setdefault(step.domain, step.rows)
         left.setdefault(step.filter, {})[step.domain] = step.rows - step.dropped
-    domains = sorted({step.domain for step in found.steps})
+    domains = sorted({step.domain for step in steps})
     return [[name, *(counts[domain] for domain in domains)] for name, counts in left.items() if counts]
 
 
-def _header(title: str, rows: Sequence[Row], files: str) -> list[str]:
-    licences = sorted({licence for row in rows for licence in row.licences})
-    known = [f"license: {json.dumps(licences)}"] if licences else []
+def _header(title: str, licences: Iterable[str], files: str) -> list[str]:
+    known = [f"license: {json.dumps(sorted(licences))}"] if licences else []
     configs = ["configs:", "- config_name: default", f"  data_files: {files}"]
     return ["---", f"pretty_name: {json.dumps(title, ensure_ascii=False)}", *known, *configs, "---", f"# {title}", ""]
 
 
-def _origins(rows: Sequence[Row]) -> list[str]:
-    parts = [
-        (
-            "Teachers",
-            ["teacher", "fingerprint"],
-            ((r.provenance.teacher, r.provenance.teacher_fingerprint) for r in rows),
-        ),
-        ("Sampling", ["settings"], ((json.dumps(r.provenance.sampling, sort_keys=True),) for r in rows)),
-        ("Prompt sources", ["source"], ((r.provenance.prompt_source,) for r in rows)),
-        ("Verifiers", ["name", "version"], (item for r in rows for item in r.provenance.verifiers.items())),
-        ("Licences", ["licence"], ((licence,) for r in rows for licence in r.licences)),
-    ]
+def _origins(counts: Counts) -> list[str]:
     lines = []
-    for name, columns, items in parts:
-        counted = sorted(Counter(items).items())
+    for name, columns in _ORIGINS.items():
+        counted = sorted(counts.origins[name].items())
         if counted:
             lines += [f"## {name}", *_table([*columns, "rows"], [[*item, count] for item, count in counted])]
     return lines

@@ -42,7 +42,7 @@ class Rows:
     folders: tuple[str, ...]
 
     def open(self) -> Indexable[Conversation]:
-        """The rows as conversations, in order of folders and of ids."""
+        """The rows as conversations, in order of folders and in each of prompts."""
         return self._read(lambda row: row)
 
     def _read(self, variant: Callable[[Row], Row]) -> Indexable[Conversation]:
@@ -55,7 +55,7 @@ class WithoutThinking(Rows):
     """The same rows with the assistant's answers alone: see `variants.without_thinking`."""
 
     def open(self) -> Indexable[Conversation]:
-        """The rows as conversations, in order of folders and of ids."""
+        """The rows as conversations, in order of folders and in each of prompts."""
         return self._read(lambda row: variants.without_thinking(row, count_tokens=len))
 
 
@@ -64,7 +64,7 @@ class EmptyThinking(Rows):
     """The same rows, told not to think, with an empty thinking: see `variants.with_empty_thinking`."""
 
     def open(self) -> Indexable[Conversation]:
-        """The rows as conversations, in order of folders and of ids."""
+        """The rows as conversations, in order of folders and in each of prompts."""
         return self._read(lambda row: variants.with_empty_thinking(row, count_tokens=len))
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -194,6 +194,22 @@ def read(
     if len(records) == 0:
         raise ValueError(f"there is no record in {', '.join(map(str, files))}; give files with at least one")
     return records
+
+
+def scan(*paths: str | os.PathLike[str], parse: Callable[[Record], T]) -> Iterator[T]:
+    """The records of Parquet or ArrayRecord files one after the other, a few hundred in memory at a time; maybe none.
+
+    `parse` as in `read`.
+    """
+    for path in map(Path, paths):
+        if path.suffix != ".parquet":
+            records = ArrayRecords([path], parse)
+            yield from (records[index] for index in range(len(records)))
+            continue
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    yield parse({key: value for key, value in row.items() if value is not None})
 
 
 def _parse_json(text: bytes, parse: Callable[[Record], T]) -> T:

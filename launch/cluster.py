@@ -25,7 +25,7 @@ _FAILED, _HEARD = "posttrain/failed", "posttrain/heard"
 _FAREWELL_SECONDS = 5.0
 _LOST = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "coordination service")
 """What errors say that come of another process's end; JAX raises them as ValueError, RuntimeError and its own."""
-_failing = False
+_failing, _told = False, ""
 
 
 @contextlib.contextmanager
@@ -101,15 +101,17 @@ def _part(error: Exception) -> None:
 
 
 def _hear_of_failures() -> None:
+    global _told
     try:
         sentence = hosts.client().blocking_key_value_get(_FAILED, 30 * 24 * 3600 * 1000)
     except Exception:  # the run is over
         return
     if not _failing:
+        _told = f"{sentence}; this host leaves with it"
         with contextlib.suppress(Exception):
             hosts.client().key_value_set(f"{_HEARD}/{jax.process_index()}", "")
         time.sleep(0.2)
-        stop.leave(f"{sentence}; this host leaves with it", 1)
+        stop.leave(_told, 1)
 
 
 def _lost(why: str) -> str:
@@ -135,6 +137,8 @@ _handler: Any = None
 def _aborted() -> None:
     if _failing:
         os._exit(1)
+    if _told:  # the host that failed was gone before this one
+        stop.leave(_told, 1)
     stop.leave(_lost("a host is silent, or the coordinator is"))
 
 

@@ -15,7 +15,7 @@ import jax
 from ..model.config import ModelConfig
 from ..sharding import hosts
 from ..train import attempts, bucket, stop
-from ..train.curate import Pair
+from ..train.curate import AnyTwo, Pair
 from ..train.evaluate import OverSeeds
 from ..train.programs import Programs
 from ..train.stop import Interrupted, check_stop
@@ -171,11 +171,13 @@ SMOKE = {"steps": 2, "limit": 4}
 def shrunk(stage: Any) -> Any:
     """The stage with few steps and items, to see a recipe run from end to end.
 
-    Filters are left out: of the answers of a model that has learned nothing they would leave nothing.
+    Filters are left out and pairs are of any answers: of those of a model that has learned nothing they would leave
+    nothing.
     """
     fields = {field.name for field in dataclasses.fields(stage)}
     smaller: dict[str, Any] = {k: min(v, getattr(stage, k)) for k, v in SMOKE.items() if k in fields}
-    return dataclasses.replace(stage, **smaller, **({"filters": ()} if "filters" in fields else {}))
+    lenient = {"filters": (), "pairing": AnyTwo()}
+    return dataclasses.replace(stage, **smaller, **{name: value for name, value in lenient.items() if name in fields})
 
 
 def settings(value: Any) -> Any:

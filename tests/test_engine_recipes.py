@@ -10,7 +10,7 @@ from chat_server import serving
 from posttrain.data import shards
 from posttrain.launch import report
 from posttrain.launch.recipe import Training
-from posttrain.launch.recipes import deepseek_v32, olmo3
+from posttrain.launch.recipes import deepseek_v32, olmo3, rejection
 from posttrain.sharding import mesh as meshes
 from posttrain.train.stop import Interrupted
 
@@ -56,3 +56,16 @@ def test_deepseek_v32_has_each_specialist_write_its_domain_and_ends_in_one_mixed
     assert [entry.name for entry in found.entries][-2:] == ["generalist", "generalist after mixed RL"]
     settings = json.loads((tmp_path / "mixed-rl" / "stage.json").read_text())
     assert settings["start"] == "OUT/generalist" and settings["tasks"]["kind"] == "Mixture"
+
+
+def test_rejection_learns_from_the_winners_of_all_rounds_and_then_from_pairs_of_the_same_answers(tmp_path):
+    with pytest.raises(Interrupted):
+        rejection.recipe(StoppedAfter(tmp_path, 6), rounds=2)
+    found = rejection.recipe(StoppedAfter(tmp_path, 99), rounds=2)
+    assert [entry.name for entry in found.entries] == ["start", "round 1", "round 2", "DPO on right and wrong"]
+    rounds = [{row.id for row in shards.read_rows(tmp_path / f"generated-{number}")} for number in (1, 2)]
+    winners = {row.id for row in shards.read_rows(tmp_path / "winners-2")}
+    assert winners == rounds[0] | rounds[1] and not rounds[0] & rounds[1]
+    assert 0 < shards.count_rows(tmp_path / "pairs" / "pairs", "pairs") <= 3 * 4
+    settings = json.loads((tmp_path / "preferred" / "stage.json").read_text())
+    assert settings["start"] == "OUT/model-2" and settings["data"]["folders"] == ["OUT/pairs"]

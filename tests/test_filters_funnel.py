@@ -9,6 +9,7 @@ import pytest
 from rows import make_row
 from test_filters import LOOP, STORY, Questions
 
+from posttrain.data import streams
 from posttrain.data.arithmetic import Arithmetic
 from posttrain.data.filters import contamination, duplicates, funnel, language, outcome, repetition, wording
 from posttrain.data.row import Row
@@ -198,4 +199,4 @@ def test_two_rows_with_one_id_are_an_error():
 
 def test_no_filters_keep_everything():
     rows = mixed_rows()
-    assert funnel.funnel(rows, []) == funnel.Funnel(kept=tuple(rows), dropped=(), steps=())
+    assert funnel.funnel(rows, []) == funnel.Funnel(kept=tuple(streams.in_order(rows)), dropped=(), steps=())

@@ -173,8 +173,8 @@ def test_the_card_shows_the_funnel_and_every_origin(tmp_path):
 
 def test_the_funnel_table_counts_what_is_left_by_domain():
     found = funnel.funnel(rows(), FILTERS)
-    assert card.funnel_rows(found) == [["(generated)", 5, 1], ["Verified", 3, 1], ["Finished", 3, 1]]
-    assert card.funnel_rows(funnel.funnel([], FILTERS)) == []
+    assert card.funnel_rows(found.steps) == [["(generated)", 5, 1], ["Verified", 3, 1], ["Finished", 3, 1]]
+    assert card.funnel_rows(()) == []
 
 
 def test_files_that_are_no_shards_are_named(tmp_path):
@@ -240,7 +240,7 @@ def test_pairs_come_back_as_preferences(tmp_path):
         chosen=AGENT, rejected=replace(AGENT, id="b", response=({"role": "assistant", "content": "5"},))
     )
     sums = pairs.Pair(chosen=sampled("x", "4"), rejected=sampled("y", "5", score=0.0))
-    folder = shards.write_pairs(tmp_path / "pairs", [sums, agents], title="Pairs")
+    folder = shards.write_pairs(tmp_path / "pairs", [agents, sums], title="Pairs")
     found = source.read(*shards.paths(folder, "pairs"), parse=source.preference)
     assert [found[i].rejected[0]["content"] for i in range(2)] == ["5", "5"]
     assert found[1].prompt == sums.chosen.prompt and found[1].chosen == sums.chosen.response

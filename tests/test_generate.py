@@ -5,19 +5,23 @@ import hashlib
 import json
 import resource
 import signal
+import weakref
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
 from chat_server import completion, serving
+from rows import make_row
 from toy import Likes
 
 from posttrain.data import chat, conversations, journal, mixture, shards, source, tokenizer
 from posttrain.data.characters import Characters
 from posttrain.data.conversations import Rows
 from posttrain.data.endpoint import Endpoint, EndpointError
-from posttrain.data.filters import outcome
+from posttrain.data.filters import duplicates, funnel, outcome
+from posttrain.data.filters.funnel import RowFilter
 from posttrain.data.row import thought
 from posttrain.data.verify import tool_calls
 from posttrain.model.processing import Sampling
@@ -249,8 +253,8 @@ def test_what_cannot_be_generated_is_said_before_anything_is_asked(server, asked
 class Taste:
     """A scorer with a taste that has no reason."""
 
-    def __call__(self, rows, mesh):
-        return [float(self.of(row)) for row in rows]
+    def open(self, mesh):
+        return lambda rows: [float(self.of(row)) for row in rows]
 
     def of(self, row) -> int:
         return hashlib.sha256(row.id.encode()).digest()[0]
@@ -274,6 +278,33 @@ def test_curation_keeps_the_best_of_all_rounds_and_every_dropped_row_with_its_re
     manifest = json.loads((tmp_path / "kept" / "rows" / "manifest.json").read_text())
     assert [step["filter"] for step in manifest["steps"]] == ["Verified", "Verified", "BestByReward", "BestByReward"]
     assert sum(step["dropped"] for step in manifest["steps"]) == len(dropped)
+
+
+@dataclasses.dataclass(frozen=True)
+class Crowd(RowFilter):
+    """Drops every third row, and counts how many of the rows that it saw are in memory together."""
+
+    alive: ClassVar[set[str]] = set()
+    most: ClassVar[list[int]] = []
+
+    def reason(self, row):
+        self.alive.add(row.id)
+        weakref.finalize(row, self.alive.discard, row.id)
+        self.most.append(len(self.alive))
+        return "third" if row.id.endswith("-0") else None
+
+
+def test_curation_holds_no_more_rows_than_go_into_a_few_shards_and_writes_what_one_that_holds_all_does(tmp_path):
+    every = [make_row(f"{i} {j}", f"{i:03}?", id=f"{i:03}-{j}", reward=float(j)) for i in range(200) for j in range(3)]
+    for name in ("a", "b"):  # the prompts' answers lie in both folders
+        half = [row for row in every if (row.id[-1] == "1") == (name == "b")]
+        shards.write_rows(tmp_path / name, funnel.funnel(half, ()), (), title=name)
+    filters = (Crowd(), duplicates.NearDuplicatePrompts(), outcome.BestByReward(count=1))
+    Curate(rows=(str(tmp_path / "a"), str(tmp_path / "b")), filters=filters, rows_per_shard=30).train(tmp_path / "kept")
+    assert len(Crowd.most) == 600 and max(Crowd.most) <= 3 * 30
+    shards.write_rows(tmp_path / "at-once", funnel.funnel(every, filters), filters, title="kept", rows_per_shard=30)
+    once = {file.name: file.read_bytes() for file in (tmp_path / "at-once").iterdir()}
+    assert data(tmp_path / "kept") == once and len(once) > 8
 
 
 def test_where_nothing_is_kept_a_sentence_says_which_filter_it_was(generated, tmp_path):

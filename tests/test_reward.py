@@ -201,7 +201,9 @@ def test_reward_models_score_the_sampled_tokens_alone_together_and_averaged(trai
     assert said[1][0].reward == single[0][2] and said[1][0].verdict == 0.5
     assert rollout.statistics(said)["verdict"] == 0.5 and "verdict" not in rollout.statistics(groups)
     written = [make_row(text, question=groups[0][0].task.messages[0]["content"], id=text) for text in ("yy 1", "n1")]
-    np.testing.assert_allclose(ScoreRows(models=paths[:1], compute=COMPUTE)(written, mesh), single[0][:2], rtol=1e-4)
+    np.testing.assert_allclose(
+        ScoreRows(models=paths[:1], compute=COMPUTE).open(mesh)(written), single[0][:2], rtol=1e-4
+    )
     Linear(models=paths).train(trained / "average", mesh)
     average = checkpoint.open_model(trained / "average", mesh)
     parents = [checkpoint.open_model(path, mesh).params for path in paths]

@@ -69,6 +69,22 @@ print(__name__, len({"a", "b"}), hash("the same every time") % 7)
     assert once.stdout == again.stdout and once.stdout.splitlines()[-1].startswith("__main__ 2 ")
 
 
+def test_a_program_ends_as_it_would_anywhere(sandbox):
+    source = """
+import atexit, sys, threading, time
+atexit.register(print, "at exit")
+threading.Thread(target=lambda: (time.sleep(0.05), print("thread"))).start()
+kept = open(1, "w", closefd=False)
+kept.write("not closed")
+class Last:
+    def __del__(self): print("del", file=sys.stderr)
+last = Last()
+print("end")
+"""
+    done = sandbox.run(Program(source=source))[0]
+    assert (done.code, done.stdout, done.stderr) == (0, "end\nthread\nat exit\nnot closed", "del\n")
+
+
 def test_packages_are_read_where_they_are_asked_for(sandbox):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -101,6 +117,7 @@ def fail(value): raise ValueError(f"bad {value}")
 def count(word): return collections.Counter(word)
 def stream(): yield from (1, 2, 3)
 def only(kind, *items): return [item for item in items if type(item) is kind], kind
+def half(): import decimal, fractions; return fractions.Fraction(1, 2), decimal.Decimal("0.10")
 def big(): return 2 ** 100, -0.0, float("inf"), {(1, 2): {3}}, b"x", None, "\\ud800", 1j
 """
     tests = [
@@ -111,13 +128,14 @@ def big(): return 2 ** 100, -0.0, float("inf"), {(1, 2): {3}}, b"x", None, "\\ud
         "assert big() == (2 ** 100, 0.0, float('inf'), {(1, 2): {3}}, b'x', None, '\\ud800', 1j)",
         "assert only(str, 1, 'a', None) == (['a'], str) and only(type(None), 1, None)[0] == [None]",
         "from math import isclose\nassert isclose(add(1.5), helper(2.5))",
+        "import decimal as d, fractions as f\nassert half() == (f.Fraction(1, 2), d.Decimal('0.1'))",
         "assert add(1) == 3",
         "assert missing() == 1",
         "raise SystemExit(0)",
     ]
     failures, outcome = sandbox.test(solution, tests, setup="def helper(x): return x")
     assert failures == [
-        "", "", "", "", "", "", "",
+        "", "", "", "", "", "", "", "",
         "a test failed: assert add(1) == 3",
         "NameError: name 'missing' is not defined",
         "the test ended its process",

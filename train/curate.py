@@ -2,25 +2,36 @@
 but a scorer may.
 """
 
+import itertools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from ..data import pairs as preferences
-from ..data import shards
-from ..data.filters.funnel import Filter, Funnel, funnel, then
+from ..data import shards, streams
+from ..data.filters.funnel import Dropped, Filter, Sieve, Step
 from ..data.row import Row
+from ..data.shard_folder import Format
 from ..sharding import hosts
 from . import programs
 from .metrics import Log
 
-Scorer = Callable[[Sequence[Row], jax.sharding.Mesh | None], Sequence[float]]
-"""What gives rows their rewards, such as `rewards.ScoreRows`: finite numbers, the higher the better. In a recipe a
-frozen dataclass of settings with a `__call__`."""
+Scores = Callable[[Sequence[Row]], Sequence[float]]
+"""The rewards of some rows: finite numbers, the higher the better."""
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """What gives rows their rewards, such as `rewards.ScoreRows`: a frozen dataclass of settings."""
+
+    def open(self, mesh: jax.sharding.Mesh | None, /) -> Scores:
+        """Make it ready to score batches of rows."""
+        ...
+
 
 NOTHING = "nothing-kept"
 """Where the reasons are if no row is left."""
@@ -32,14 +43,15 @@ class Curate:
 
     `rows` are the stages' folders, several for several rounds. With a `scorer`, each row that passes the filters is
     given its reward, by which `best` (such as `outcome.BestByReward`) then chooses: best-of-n, over all rounds. What is
-    kept and what is dropped, with the filter and the reason, go to shards in the folder's `rows`.
+    kept and what is dropped, with the filter and the reason, go to shards in the folder's `rows`. In memory are a
+    shard's worth of rows at a time, and what filters remember (see `duplicates`).
     """
 
     rows: tuple[str, ...]
     filters: tuple[Filter, ...]
     scorer: Scorer | None = None
     best: tuple[Filter, ...] = ()
-    format: shards.Format = "parquet"
+    format: Format = "parquet"
     rows_per_shard: int = 10_000
 
     def train(self, out: Path, mesh: jax.sharding.Mesh | None = None) -> None:
@@ -50,31 +62,44 @@ class Curate:
         """
         if hosts.from_first((out / "rows").exists) or (self.scorer is None and not hosts.is_first()):
             return
+        sieve, best = Sieve(self.filters), Sieve(self.best)
         with Log(out, title=out.name, total=1) as log, log.phase("filter"):
-            rows = [row for folder in self.rows for row in shards.read_rows(folder)]
-            found = funnel(rows, self.filters)
-            if self.scorer is not None:
-                rewards = self.scorer(found.kept, mesh)
-                scored = [replace(row, reward=float(x)) for row, x in zip(found.kept, rewards, strict=True)]
-                found = replace(found, kept=tuple(scored))
-            if self.best:
-                found = then(found, funnel(found.kept, self.best))
-            if hosts.is_first():
-                self._write(out, found)
-            log.write(1, {"rows": len(rows), "kept": len(found.kept)})
-        if not found.kept:
-            raise ValueError(_nothing_left(out / NOTHING, found))
+            writer = self._writer(out) if hosts.is_first() else None
+            num_rows = num_kept = 0
+            for kept, dropped in self._sifted(sieve, best, mesh):
+                if writer:
+                    writer.add(kept, dropped)
+                num_kept += len(kept)
+                num_rows += len(kept) + len(dropped)
+            steps = (*sieve.steps(), *best.steps(sieve.domains))
+            if writer:
+                writer.publish(steps, folder=None if num_kept else out / NOTHING)
+            log.write(1, {"rows": num_rows, "kept": num_kept})
+        if not num_kept:
+            raise ValueError(_nothing_left(out / NOTHING, num_rows, steps))
 
-    def _write(self, out: Path, found: Funnel) -> None:
+    def _writer(self, out: Path) -> shards.RowWriter:
         shutil.rmtree(out / NOTHING, ignore_errors=True)
-        shards.write_rows(
-            out / ("rows" if found.kept else NOTHING),
-            found,
+        return shards.RowWriter(
+            out / "rows",
             (*self.filters, *self.best),
             title=out.name,
             rows_per_shard=self.rows_per_shard,
             format=self.format,
         )
+
+    def _sifted(
+        self, sieve: Sieve, best: Sieve, mesh: jax.sharding.Mesh | None
+    ) -> Iterator[tuple[list[Row], list[Dropped]]]:
+        """What is kept of each batch of prompts, and what is dropped."""
+        score = self.scorer.open(mesh) if self.scorer else None
+        rows = streams.merged(*map(shards.scan_rows, self.rows))
+        for batch in streams.batches(rows, size=self.rows_per_shard):
+            kept, dropped = sieve(batch)
+            if score and kept:
+                kept = [replace(row, reward=float(x)) for row, x in zip(kept, score(kept), strict=True)]
+            kept, others = best(kept)
+            yield kept, [*dropped, *others]
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
         """Nothing is compiled."""
@@ -85,17 +110,14 @@ class Curate:
         return None
 
 
-def _nothing_left(folder: Path, found: Funnel) -> str:
-    worst = max(found.steps, key=lambda step: step.dropped, default=None)
+def _nothing_left(folder: Path, num_rows: int, steps: Sequence[Step]) -> str:
+    worst = max(steps, key=lambda step: step.dropped, default=None)
     most = f"; {worst.filter} dropped the most, {worst.dropped} of {worst.domain}" if worst else ""
-    return (
-        f"none of {len(found.dropped)} rows was kept{most}: the reasons are in {folder}; change the filters, or "
-        "generate more"
-    )
+    return f"none of {num_rows} rows was kept{most}: the reasons are in {folder}; change the filters, or generate more"
 
 
 Pairing = Callable[[Sequence[Sequence[Row]]], list[preferences.Pair]]
-"""Makes preference pairs from the rows of some folders: a frozen dataclass of settings with a `__call__`."""
+"""Makes preference pairs from a prompt's rows, folder by folder: a frozen dataclass of settings with a `__call__`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +163,17 @@ def _close(found: list[preferences.Pair], most: int | None) -> list[preferences.
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnyTwo:
+    """Each prompt's first answer over the next that says something else: to try a recipe with, not to learn from."""
+
+    def __call__(self, rows: Sequence[Sequence[Row]], /) -> list[preferences.Pair]:
+        """The pairs."""
+        first, *others = [row for one in rows for row in one]
+        other = next((row for row in others if row.response != first.response), None)
+        return [preferences.Pair(chosen=first, rejected=other)] if other else []
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pair:
     """Make preference pairs from the rows of `Generate` or `Curate` stages, in the folder's `pairs`."""
 
@@ -152,11 +185,13 @@ class Pair:
         if (out / "pairs").exists():
             return
         with Log(out, title=out.name, total=1) as log, log.phase("filter"):
-            found = self.pairing([shards.read_rows(folder) for folder in self.rows])
-            if not found:
+            prompts = streams.by_prompt([shards.scan_rows(folder) for folder in self.rows])
+            pairs = (pair for rows in prompts for pair in self.pairing(rows))
+            first = next(pairs, None)
+            if first is None:
                 raise ValueError(f"the rows of {', '.join(self.rows)} make no pair: no prompt has answers that differ")
-            shards.write_pairs(out / "pairs", found, title=out.name)
-            log.write(1, {"pairs": len(found)})
+            shards.write_pairs(out / "pairs", itertools.chain([first], pairs), title=out.name)
+            log.write(1, {"pairs": shards.count_rows(out / "pairs", "pairs")})
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
         """Nothing is compiled."""

@@ -14,7 +14,7 @@ import fcntl
 import itertools
 import json
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +22,11 @@ from typing import Any
 
 import jax
 
-from ..data import columns, journal, provenance, shards
+from ..data import columns, journal, provenance, shards, streams
 from ..data.endpoint import Client, Endpoint
-from ..data.filters.funnel import funnel
 from ..data.journal import Journal
 from ..data.row import Row, with_pass_rates
+from ..data.shard_folder import Format
 from ..data.task import Task, TaskSource
 from ..data.verify.pool import VerifierPool
 from ..model import sample
@@ -61,7 +61,7 @@ class Generate:
     passing: float = 1.0
     limit: int = ALL
     block: int = 256
-    format: shards.Format = "parquet"
+    format: Format = "parquet"
     rows_per_shard: int = 10_000
     compute: Compute = field(default_factory=Compute)
     verifiers: int = 1
@@ -135,8 +135,8 @@ class Generate:
         return Schedule(self.samples, self.rounds, self.enough, self.passing)
 
     def _blocks(self) -> list[Block]:
-        """All blocks in order: by teacher, source, index. Looks at every prompt once."""
-        places: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        """All blocks in order: by teacher and the tasks' ids, as rows are written. Looks at every prompt once."""
+        places: defaultdict[str, list[tuple[str, int, int]]] = defaultdict(list)
         seen: set[str] = set()
         for number, source in enumerate(self.prompts):
             for index in range(min(self.limit, len(source))):
@@ -147,13 +147,14 @@ class Generate:
                 columns.of_messages(task.messages)  # what no row can hold is said before anything is asked
                 if task.id not in seen:
                     seen.add(task.id)
-                    places[self._teacher(task)].append((number, index))
+                    places[self._teacher(task)].append((task.id, number, index))
+        in_order = {key: [place for _, *place in sorted(places[key])] for key in self.teachers}
         pieces = [
-            (key, places[key][start : start + self.block])
-            for key in self.teachers
-            for start in range(0, len(places[key]), self.block)
+            (key, tuple((source, index) for source, index in found[start : start + self.block]))
+            for key, found in in_order.items()
+            for start in range(0, len(found), self.block)
         ]
-        return [Block(number, key, tuple(piece)) for number, (key, piece) in enumerate(pieces)]
+        return [Block(number, key, piece) for number, (key, piece) in enumerate(pieces)]
 
     def _teacher(self, task: Task) -> str:
         for key in (task.domain, ANY):
@@ -228,35 +229,36 @@ class Generate:
         return True
 
     def _write(self, out: Path, blocks: Sequence[Block]) -> None:
-        """The rows of all blocks, and what they took."""
-        rows: list[Row] = []
-        usage: dict[str, dict[str, float]] = {}
-        for block in blocks:
-            known = Known.of(journal.read(block.complete(out / "answers")))
-            rows += self._rows(block, known)
-            numbers = known.statistics({task.id: task for task in self._tasks(block)})
-            total = usage.setdefault(block.teacher, {"answers": 0, "prompt_tokens": 0, "tokens": 0})
-            for name in total:
-                total[name] += numbers[name]
+        """The rows of all blocks, of which one a teacher is read at a time, and what they took."""
+        counts: dict[str, Counter[str]] = {block.teacher: Counter() for block in blocks}
+        by_teacher = itertools.groupby(blocks, key=lambda block: block.teacher)
+        answered = [self._rows(list(group), out / "answers", counts[key]) for key, group in by_teacher]
+        writer = shards.RowWriter(
+            out / "rows", (), title=out.name, rows_per_shard=self.rows_per_shard, format=self.format
+        )
+        writer.add(streams.merged(*answered))
+        usage = {key: dict[str, float](found) for key, found in counts.items()}
         for key, total in usage.items():
             if isinstance(teacher := self.teachers[key], Endpoint):
                 spent = total["prompt_tokens"] * teacher.price_in + total["tokens"] * teacher.price_out
                 total["cost"] = round(spent / 1e6, 6)
         (out / "usage.json").write_text(json.dumps(usage, indent=2) + "\n")
-        found = funnel(with_pass_rates(rows, passing=self.passing), ())
-        shards.write_rows(
-            out / "rows", found, (), title=out.name, rows_per_shard=self.rows_per_shard, format=self.format
-        )
+        writer.publish()
 
-    def _rows(self, block: Block, known: Known) -> list[Row]:
-        teacher = self.teachers[block.teacher]
+    def _rows(self, blocks: Sequence[Block], folder: Path, counts: Counter[str]) -> Iterator[Row]:
+        """The rows of a teacher's blocks, in `streams.order`; adds to `counts` what they took."""
         origins = [provenance.source_name(source) for source in self.prompts]
         sampling = {"seed": self.seed, **answers.request_settings(self.sampling)}
-        return [
-            row
-            for task, (source, _) in zip(self._tasks(block), block.places, strict=True)
-            for row in known.rows(task, teacher, origin=origins[source], sampling=sampling)
-        ]
+        for block in blocks:
+            known, tasks = Known.of(journal.read(block.complete(folder))), self._tasks(block)
+            rows = [
+                row
+                for task, (source, _) in zip(tasks, block.places, strict=True)
+                for row in known.rows(task, self.teachers[block.teacher], origin=origins[source], sampling=sampling)
+            ]
+            yield from sorted(with_pass_rates(rows, passing=self.passing), key=streams.order)
+            numbers = known.statistics({task.id: task for task in tasks})
+            counts.update({name: int(numbers[name]) for name in ("answers", "prompt_tokens", "tokens")})
 
 
 @contextlib.contextmanager

@@ -135,17 +135,21 @@ class ScoreRows:
     combine: WeightedSum | NormalizedSum = field(default_factory=WeightedSum)
     compute: Compute = field(default_factory=Compute)
 
-    def __call__(self, rows: Sequence[Row], mesh: jax.sharding.Mesh | None) -> list[float]:
-        """The rewards of the rows, the higher the better."""
+    def open(self, mesh: jax.sharding.Mesh | None, /) -> Callable[[Sequence[Row]], list[float]]:
+        """What gives rows their rewards, the higher the better. A `NormalizedSum` is whitened over those of a call."""
         mesh = mesh or meshes.make_mesh()
         tokenizer = checkpoint.open_tokenizer(self.models[0])
         for path in self.models:
             check_scoring(path, tokenizer)
         hosted = Hosted({path: path for path in self.models}, self.compute, mesh)
-        groups = [preferences.group(tokenizer, Ranking(row.prompt, (row.response,), (0.0,))) for row in rows]
-        with jax.set_mesh(mesh):
-            columns = [reward.scores(hosted(path), groups, self.compute, mesh) for path in self.models]
-            return np.asarray(self.combine(jnp.stack([jnp.asarray(c) for c in columns], axis=1), ())).tolist()
+
+        def score(rows: Sequence[Row]) -> list[float]:
+            groups = [preferences.group(tokenizer, Ranking(row.prompt, (row.response,), (0.0,))) for row in rows]
+            with jax.set_mesh(mesh):
+                columns = [reward.scores(hosted(path), groups, self.compute, mesh) for path in self.models]
+                return np.asarray(self.combine(jnp.stack([jnp.asarray(c) for c in columns], axis=1), ())).tolist()
+
+        return score
 
 
 def check_scoring(path: str, tokenizer: Tokenizer) -> None:

@@ -7,13 +7,14 @@ in 99%); the exact index then decides, so that nothing is dropped by a collision
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import datasketch
 
+from .. import streams
 from ..row import Row, asked, written
-from .funnel import PromptFilter
+from .funnel import Filter, Judge, PromptFilter
 
 BANDS, ROWS_PER_BAND = 14, 8
 _TOKEN = re.compile(
@@ -40,11 +41,12 @@ def jaccard(a: frozenset, b: frozenset) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NearDuplicatePrompts:
+class NearDuplicatePrompts(Filter):
     """Keep the rows of one prompt out of each crowd of near-duplicates: that whose prompt_id comes first.
 
-    Needs the whole set. All answers to a prompt stay together. A system message does not count. A prompt is dropped
-    if it is like a kept one, so that no two kept prompts are (up to what MinHash misses) and a second run drops none.
+    All answers to a prompt stay together. A system message does not count. A prompt is dropped if it is like a kept
+    one, so that no two kept prompts are (up to what MinHash misses) and a second run drops none. Of each kept prompt
+    its text and its place in 14 tables are held in memory: some 5 kB.
     """
 
     threshold: float = 0.75
@@ -53,25 +55,32 @@ class NearDuplicatePrompts:
     def __post_init__(self):
         _check_threshold(self.threshold)
 
-    def reasons(self, rows: Sequence[Row]) -> list[str | None]:
-        """Why the rows of each near-duplicate prompt go."""
-        texts: dict[str, str] = {}
-        for row in sorted(rows, key=lambda row: (row.prompt_id, row.id)):
-            texts.setdefault(row.prompt_id, asked(row))
-        hashes = BANDS * ROWS_PER_BAND
-        index = datasketch.MinHashLSH(num_perm=hashes, params=(BANDS, ROWS_PER_BAND))
-        encoded = ([" ".join(shingle).encode() for shingle in shingles(text, self.words)] for text in texts.values())
+    def begin(self) -> Judge:
+        """See `Filter`."""
+        kept: dict[str, str] = {}
+        index = datasketch.MinHashLSH(num_perm=BANDS * ROWS_PER_BAND, params=(BANDS, ROWS_PER_BAND))
+
+        def judge(rows: Sequence[Row]) -> list[str | None]:
+            texts: dict[str, str] = {}
+            for row in sorted(rows, key=streams.order):
+                texts.setdefault(row.prompt_id, asked(row))
+            why: dict[str, str] = {}
+            for (prompt, text), sketch in zip(texts.items(), self._sketches(texts.values()), strict=True):
+                likeness = {str(other): self._likeness(text, kept[str(other)]) for other in index.query(sketch)}
+                best = min(likeness, key=lambda other: (-likeness[other], other), default=None)
+                if best is not None and likeness[best] >= self.threshold:
+                    why[prompt] = f"its prompt is like {best} (Jaccard {likeness[best]:.2f})"
+                else:
+                    index.insert(prompt, sketch)
+                    kept[prompt] = text
+            return [why.get(row.prompt_id) for row in rows]
+
+        return judge
+
+    def _sketches(self, texts: Iterable[str]) -> Iterator[datasketch.MinHash]:
+        encoded = ([" ".join(shingle).encode() for shingle in shingles(text, self.words)] for text in texts)
         # The scheme is named because another default would make other sets of rows.
-        sketches = datasketch.MinHash.generator(encoded, num_perm=hashes, seed=1, scheme="affine64")
-        why: dict[str, str] = {}
-        for prompt, sketch in zip(texts, sketches, strict=True):
-            likeness = {str(other): self._likeness(texts[prompt], texts[str(other)]) for other in index.query(sketch)}
-            best = min(likeness, key=lambda other: (-likeness[other], other), default=None)
-            if best is not None and likeness[best] >= self.threshold:
-                why[prompt] = f"its prompt is like {best} (Jaccard {likeness[best]:.2f})"
-            else:
-                index.insert(prompt, sketch)
-        return [why.get(row.prompt_id) for row in rows]
+        return datasketch.MinHash.generator(encoded, num_perm=BANDS * ROWS_PER_BAND, seed=1, scheme="affine64")
 
     def _likeness(self, a: str, b: str) -> float:
         # Shingles are made again for the few pairs that are proposed: those of all prompts would fill the memory.

@@ -8,48 +8,57 @@ last ShortestCorrect or BestByReward.
 
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
+from .. import streams
 from ..row import Row
 
+Judge = Callable[[Sequence[Row]], list[str | None]]
+"""For each of some rows, in a few words, why it is dropped; None where it is kept."""
 
-@runtime_checkable
-class Filter(Protocol):
-    """Settings that tell which rows of a whole set to drop: a frozen dataclass of plain values.
+
+class Filter(ABC):
+    """Settings that tell which rows of a set to drop: a frozen dataclass of plain values.
 
     What needs no more than a row is a `RowFilter`, what compares a prompt's answers a `PromptFilter`; a filter that is
-    neither needs the whole set at once.
+    neither remembers, from a batch to the next, what it has to know of those before.
     """
 
-    def reasons(self, rows: Sequence[Row], /) -> list[str | None]:
-        """For each row, in a few words, why it is dropped; None where it is kept."""
-        ...
+    @abstractmethod
+    def begin(self) -> Judge:
+        """Begin with a set. The judge is given it in batches of whole prompts, in order of their ids."""
+
+    def reasons(self, rows: Sequence[Row]) -> list[str | None]:
+        """The reason of each row of a whole set, in any order."""
+        return self.begin()(rows)
 
 
-class RowFilter(ABC):
+class RowFilter(Filter):
     """A filter that judges each row by itself."""
 
     @abstractmethod
     def reason(self, row: Row) -> str | None:
         """Why the row is dropped; None to keep it."""
 
-    def reasons(self, rows: Sequence[Row]) -> list[str | None]:
-        """The reason of each row."""
-        return [self.reason(row) for row in rows]
+    def begin(self) -> Judge:
+        """See `Filter`."""
+        return lambda rows: [self.reason(row) for row in rows]
 
 
-class PromptFilter(ABC):
+class PromptFilter(Filter):
     """A filter that compares the rows of one prompt with each other."""
 
     @abstractmethod
     def prompt_reasons(self, rows: Sequence[Row]) -> list[str | None]:
         """The reason of each of one prompt's rows."""
 
-    def reasons(self, rows: Sequence[Row]) -> list[str | None]:
-        """The reason of each row, prompt by prompt."""
+    def begin(self) -> Judge:
+        """See `Filter`."""
+        return self._prompt_by_prompt
+
+    def _prompt_by_prompt(self, rows: Sequence[Row]) -> list[str | None]:
         places: defaultdict[str, list[int]] = defaultdict(list)
         for place, row in enumerate(rows):
             places[row.prompt_id].append(place)
@@ -62,16 +71,21 @@ class PromptFilter(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InDomains:
+class InDomains(Filter):
     """Another filter, for the rows of some domains only; it does not see the others."""
 
     domains: tuple[str, ...]
     filter: Filter
 
-    def reasons(self, rows: Sequence[Row]) -> list[str | None]:
+    def begin(self) -> Judge:
         """The filter's reasons for rows of the domains, None for all others."""
-        found = iter(self.filter.reasons([row for row in rows if row.domain in self.domains]))
-        return [next(found) if row.domain in self.domains else None for row in rows]
+        judge = self.filter.begin()
+
+        def judge_some(rows: Sequence[Row]) -> list[str | None]:
+            found = iter(judge([row for row in rows if row.domain in self.domains]))
+            return [next(found) if row.domain in self.domains else None for row in rows]
+
+        return judge_some
 
 
 class Dropped(NamedTuple):
@@ -93,51 +107,58 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Funnel:
-    """What filters made of a set of rows: each row is in `kept` or, once, in `dropped`; both in order of their ids."""
+    """What filters made of a set of rows: each row is in `kept` or, once, in `dropped`; both in `streams.order`."""
 
     kept: tuple[Row, ...]
     dropped: tuple[Dropped, ...]
     steps: tuple[Step, ...]
 
 
-def funnel(rows: Iterable[Row], filters: Sequence[Filter]) -> Funnel:
-    """Apply the filters in their order; each sees only what those before it kept.
+class Sieve:
+    """Filters at work on a set that need not fit in memory: it comes in batches of whole prompts, in order.
 
-    The rows are put in order of their ids first, so that the outcome is the same in whatever order they come. `steps`
-    has an entry for every filter and every domain of the input, zeros included. Raises ValueError for an id that
-    occurs twice.
+    Each filter sees only what those before it kept.
     """
-    kept = sorted(rows, key=lambda row: row.id)
-    for row, after in pairwise(kept):
-        if row.id == after.id:
-            raise ValueError(f"two rows have the id {row.id!r}; give each row an id of its own")
-    domains = sorted({row.domain for row in kept})
-    dropped: list[Dropped] = []
-    steps: list[Step] = []
-    for name, step in zip(names(filters), filters, strict=True):
-        reasons = step.reasons(kept)
-        come = Counter(row.domain for row in kept)
-        gone = [Dropped(row, name, why) for row, why in zip(kept, reasons, strict=True) if why is not None]
-        kept = [row for row, why in zip(kept, reasons, strict=True) if why is None]
-        left = Counter(row.domain for row in kept)
-        steps += [Step(name, domain, come[domain], come[domain] - left[domain]) for domain in domains]
-        dropped += gone
-    dropped.sort(key=lambda item: item.row.id)
-    return Funnel(kept=tuple(kept), dropped=tuple(dropped), steps=tuple(steps))
+
+    def __init__(self, filters: Sequence[Filter]) -> None:
+        self._judges = [(name, one.begin()) for name, one in zip(names(filters), filters, strict=True)]
+        self._come: Counter[tuple[str, str]] = Counter()
+        self._gone: Counter[tuple[str, str]] = Counter()
+        self.domains: set[str] = set()
+
+    def __call__(self, rows: Sequence[Row]) -> tuple[list[Row], list[Dropped]]:
+        """What is kept of a batch, and what is dropped, in the order of the filters."""
+        kept, dropped = list(rows), list[Dropped]()
+        self.domains.update(row.domain for row in rows)
+        for name, judge in self._judges:
+            reasons = judge(kept)
+            gone = [Dropped(row, name, why) for row, why in zip(kept, reasons, strict=True) if why is not None]
+            self._come.update((name, row.domain) for row in kept)
+            self._gone.update((name, one.row.domain) for one in gone)
+            kept = [row for row, why in zip(kept, reasons, strict=True) if why is None]
+            dropped += gone
+        return kept, dropped
+
+    def steps(self, domains: Iterable[str] | None = None) -> tuple[Step, ...]:
+        """An entry for every filter and every domain (those that came, unless told), zeros included."""
+        every = sorted(self.domains if domains is None else domains)
+        pairs = [(name, domain) for name, _ in self._judges for domain in every]
+        return tuple(Step(name, domain, self._come[name, domain], self._gone[name, domain]) for name, domain in pairs)
 
 
-def then(first: Funnel, second: Funnel) -> Funnel:
-    """Two funnels as one; the second began with what the first kept, perhaps with more known of the rows."""
-    dropped = sorted((*first.dropped, *second.dropped), key=lambda item: item.row.id)
-    return Funnel(kept=second.kept, dropped=tuple(dropped), steps=_every_domain(first.steps, second.steps))
+def funnel(rows: Iterable[Row], filters: Sequence[Filter]) -> Funnel:
+    """Apply filters to rows that fit in memory, whatever their order.
+
+    Raises ValueError for an id that occurs twice.
+    """
+    sieve = Sieve(filters)
+    kept, dropped = sieve(streams.in_order(rows))
+    return Funnel(kept=tuple(kept), dropped=tuple(sort_dropped(dropped)), steps=sieve.steps())
 
 
-def _every_domain(first: Sequence[Step], second: Sequence[Step]) -> tuple[Step, ...]:
-    """The steps of both, with zeros for the domains of which nothing came to the second."""
-    domains = sorted({step.domain for step in first} | {step.domain for step in second})
-    found = {(step.filter, step.domain): step for step in second}
-    order = dict.fromkeys(step.filter for step in second)
-    return (*first, *(found.get((name, d), Step(name, d, 0, 0)) for name in order for d in domains))
+def sort_dropped(dropped: Iterable[Dropped]) -> list[Dropped]:
+    """Dropped rows in `streams.order`."""
+    return sorted(dropped, key=lambda one: streams.order(one.row))
 
 
 def names(filters: Sequence[Filter]) -> list[str]:

@@ -6,23 +6,36 @@ ones.
 """
 
 import collections
-import decimal
-import fractions
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
 MAX_DEPTH = 200
 _SEQUENCES: dict[type, str] = {list: "l", tuple: "t", set: "s", frozenset: "f", collections.deque: "q"}
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
+
+
+def _fraction(text: str) -> Any:
+    import fractions  # as decimal only where there is one: both take time at every start
+
+    return fractions.Fraction(text)
+
+
+def _decimal(text: str) -> Any:
+    import decimal
+
+    return decimal.Decimal(text)
+
+
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "i": lambda text: int(text, 16),
     "c": complex,
     "b": bytes.fromhex,
     "ba": bytearray.fromhex,
     "r": lambda text: range(*map(int, text.split())),
-    "F": fractions.Fraction,
-    "D": decimal.Decimal,
+    "F": _fraction,
+    "D": _decimal,
     "T": lambda name: _TYPES[name],
 }
 _TYPES = {
@@ -75,8 +88,9 @@ def _text(kind: type, value: Any) -> list | None:
         return ["b" if kind is bytes else "ba", value.hex()]
     if kind is range:
         return ["r", f"{value.start} {value.stop} {value.step}"]
-    if kind in (fractions.Fraction, decimal.Decimal):
-        return ["F" if kind is fractions.Fraction else "D", str(value)]
+    for tag, module, name in (("F", "fractions", "Fraction"), ("D", "decimal", "Decimal")):
+        if kind.__name__ == name and module in sys.modules and kind is vars(sys.modules[module]).get(name):
+            return [tag, str(value)]
     if kind is type and _TYPES.get(value.__name__) is value:
         return ["T", value.__name__]
     return None

@@ -5,20 +5,25 @@ untrusted processes are its children: other processes, of another user where the
 cannot trace or signal it. What it reports goes through a pipe that they do not have.
 """
 
+from __future__ import annotations
+
 import builtins
-import json
+import marshal
 import os
-import signal
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable
-from typing import Any
 
 from . import fences
 from .pipes import write
 from .watching import Watched, watch
 
+TYPE_CHECKING = False  # importing typing and collections.abc for annotations would be a tenth of a sandbox's start
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_AHEAD = ("bisect", "collections", "functools", "heapq", "itertools", "json", "math", "re", "string", "typing")
 _NO_FILES: dict[str, Any] = {"files": {}, "workdir": "/", "writable": []}  # for the process of the tests
 
 
@@ -30,36 +35,40 @@ class Role(BaseException):
 
 
 def main(spec_descriptor: int, status: int, tests: int) -> None:
-    """Do what the specification asks, and write a line of JSON about each part of it."""
+    """Do what the specification asks, and write a frame about each part of it (see `_report`)."""
     with os.fdopen(spec_descriptor, "rb") as file:
-        spec = json.load(file)
+        spec = marshal.load(file)
     fences.adopt_orphans()
     fences.hide()
     try:
-        for frame in _judged(spec, status, tests) if spec["tests"] else _cases(spec, status):
-            write(status, json.dumps(frame).encode() + b"\n")
+        if spec["tests"]:
+            _judge(spec, status, tests)
+        else:
+            _run_all(spec, status)
     except Role as role:
         run = role.run
     else:
         os._exit(0)
     run()
+    _leave()
 
 
-def _cases(spec: dict[str, Any], status: int) -> Iterable[dict[str, Any]]:
+def _run_all(spec: dict[str, Any], status: int) -> None:
     """Build the program if it has to be, then run it on each input: a frame each."""
-    if spec["build"]:
-        frame = _run(spec, status, "", lambda: _execute(spec["build"]))
-        yield frame
-        if frame["kind"] != "exited" or frame["code"] != 0:
-            return
+    if spec["build"] and not _run(spec, status, "", lambda: _execute(spec["build"])):
+        return
+    if len(spec["inputs"]) > 1 and not spec["run"]:
+        for name in _AHEAD:  # once for all inputs what the program seems to import
+            if name in spec["files"][spec["file"]]:
+                __import__(name)
     for text in spec["inputs"]:
-        frame = _run(spec, status, text, lambda: _execute(spec["run"]) if spec["run"] else _python(spec, "__main__"))
-        yield frame
-        if spec["until_failure"] and (frame["kind"] != "exited" or frame["code"] != 0):
+        done = _run(spec, status, text, lambda: _execute(spec["run"]) if spec["run"] else _python(spec, "__main__"))
+        if spec["until_failure"] and not done:
             return
 
 
-def _run(spec: dict[str, Any], status: int, text: str, program: Callable[[], object]) -> dict[str, Any]:
+def _run(spec: dict[str, Any], status: int, text: str, program: Callable[[], object]) -> bool:
+    """Run a program on an input and report; whether it succeeded."""
     output, errors = os.pipe(), os.pipe()
     entrance = _file_with(text.encode("utf-8", "replace"))
     began = time.monotonic()
@@ -72,13 +81,12 @@ def _run(spec: dict[str, Any], status: int, text: str, program: Callable[[], obj
     kind = watch(watched, child, [child], status)
     seconds = time.monotonic() - began
     _close(output[0], errors[0])
-    return _frame(kind, watched, child, seconds) | {
-        "stdout": _text(watched.output[output[0]]),
-        "stderr": _text(watched.output[errors[0]]),
-    }
+    code = watched.children.get(child, 0)
+    _report(status, kind, code, seconds, watched.output[output[0]], watched.output[errors[0]])
+    return kind == "exited" and code == 0
 
 
-def _judged(spec: dict[str, Any], status: int, tests: int) -> Iterable[dict[str, Any]]:
+def _judge(spec: dict[str, Any], status: int, tests: int) -> None:
     """Run the solution and its tests in two processes with pipes between them: one frame."""
     from . import answering, asking  # noqa: F401 - loaded here, while files can be read, and only where tests are run
 
@@ -99,22 +107,14 @@ def _judged(spec: dict[str, Any], status: int, tests: int) -> Iterable[dict[str,
     watched = Watched(spec["limits"], spec["workdir"], {verdicts[0]: bytearray(), errors[0]: bytearray()})
     kind = watch(watched, tester, [tester, solution], status)
     seconds = time.monotonic() - began
-    yield _frame(kind, watched, tester, seconds) | {
-        "verdicts": _verdicts(watched.output[verdicts[0]]),
-        "stderr": _text(watched.output[errors[0]]),
-    }
+    code = watched.children.get(tester, 0)
+    _report(status, kind, code, seconds, watched.output[verdicts[0]], watched.output[errors[0]])
 
 
-def _frame(kind: str, watched: Watched, child: int, seconds: float) -> dict[str, Any]:
-    return {"kind": kind, "code": watched.children.get(child, 0), "seconds": round(seconds, 3)}
-
-
-def _verdicts(data: bytearray) -> list[str]:
-    return [json.loads(line) for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
-
-
-def _text(data: bytearray) -> str:
-    return data.decode("utf-8", "replace")
+def _report(status: int, kind: str, code: int, seconds: float, *written: bytearray) -> None:
+    """A frame: a line with how a run ended and the sizes of what was written, then what was written."""
+    sizes = " ".join(str(len(data)) for data in written)
+    write(status, f"{kind} {code} {seconds:.3f} {sizes}\n".encode() + b"".join(written))
 
 
 # The untrusted side ------------------------------------------------------------------------------------------------
@@ -150,6 +150,8 @@ def _become(spec: dict[str, Any], standard: tuple[int, int, int], *, keep: tuple
 
 
 def _execute(argv: list[str]) -> None:
+    import signal
+
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         os.execvp(argv[0], argv)
@@ -178,6 +180,35 @@ def _python(spec: dict[str, Any], name: str) -> dict[str, Any]:
     return module.__dict__
 
 
+def _leave() -> None:
+    """End as an interpreter does after a program that came to its end, but leave memory to the kernel.
+
+    Waits for threads, calls exit functions, writes out what was printed, lets go of the program's own objects. To take
+    every module apart costs a forked process as much again as all the rest.
+    """
+    import atexit
+
+    if "threading" in sys.modules:
+        sys.modules["threading"]._shutdown()
+    atexit._run_exitfuncs()
+    written = _flush()
+    names = sys.modules["__main__"].__dict__
+    while names:
+        names.popitem()  # the last first, so that what an object's end needs is there
+    os._exit(0 if _flush() and written else 120)  # as Python does where what was printed cannot be written
+
+
+def _flush() -> bool:
+    """Whether all that was printed could be written."""
+    try:
+        for stream in (sys.stdout, sys.__stdout__, sys.stderr, sys.__stderr__):
+            if stream is not None and not stream.closed:
+                stream.flush()
+    except Exception:
+        return False
+    return True
+
+
 def _answer(spec: dict[str, Any], questions: int, answers: int) -> None:
     from . import answering
 
@@ -187,6 +218,8 @@ def _answer(spec: dict[str, Any], questions: int, answers: int) -> None:
 
 
 def _test(spec: dict[str, Any], answers: int, questions: int, verdicts: int, tests: int) -> None:
+    import json
+
     from . import asking
 
     with os.fdopen(tests, "rb") as file:

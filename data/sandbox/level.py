@@ -1,5 +1,6 @@
 """How well this machine can wall off model-written code, and the command that starts a sandbox of each level."""
 
+import compileall
 import enum
 import functools
 import os
@@ -7,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,7 +112,9 @@ def _bubblewrap_refusal() -> str:
     return "" if done.returncode == 7 else f"bubblewrap does not start ({done.stderr.strip()[:200]})"
 
 
-def bubblewrap(python: str, *, disk: int, readable: Sequence[str] = ()) -> list[str]:
+def bubblewrap(
+    python: str, *, disk: int, readable: Sequence[str] = (), variables: Mapping[str, str] | None = None
+) -> list[str]:
     """The beginning of a command that runs in namespaces of its own; to be started with an empty environment.
 
     Whoever starts it as root gets no user namespace, which adds nothing then, but keeps what it takes to become
@@ -119,7 +122,7 @@ def bubblewrap(python: str, *, disk: int, readable: Sequence[str] = ()) -> list[
     """
     program = shutil.which("bwrap", path=os.defpath + ":/usr/local/bin") or "bwrap"
     command = [program, "--die-with-parent", "--new-session", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
-    command += ["--unshare-uts", "--hostname", "sandbox", "--clearenv"]
+    command += ["--as-pid-1", "--unshare-uts", "--hostname", "sandbox", "--clearenv"]
     if os.geteuid() == 0:
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_KILL"]
     else:
@@ -133,11 +136,13 @@ def bubblewrap(python: str, *, disk: int, readable: Sequence[str] = ()) -> list[
     for path, size in (("/tmp", disk), ("/dev/shm", min(disk, 16 << 20))):  # the sandbox's own
         command += ["--perms", "1777", "--size", str(size), "--tmpfs", path]
     for path in (*_SETTINGS, _prefix(python), *readable):
-        if not path.startswith("/usr/"):
+        if not f"{path}/".startswith("/usr/"):
             for folder in reversed(Path(path).parents[:-1]):  # made by a bind, they would be open to root alone
                 command += ["--dir", str(folder)]
             command += ["--ro-bind-try", path, path]
     command += ["--dir", "/run", "--dir", _MOUNTED, "--ro-bind", INSIDE, f"{_MOUNTED}/{Path(INSIDE).name}"]
+    for name, value in (variables or {}).items():
+        command += ["--setenv", name, value]
     return [*command, "--remount-ro", "/dev", "--chdir", "/tmp"]
 
 
@@ -148,9 +153,19 @@ def _prefix(python: str) -> str:
 
 def boot(python: str, level: Level) -> list[str]:
     """The command of the first, trusted process in a sandbox; three descriptors follow (see `inside.main`)."""
+    _compile(python)
     folder = _MOUNTED if level is Level.BUBBLEWRAP else str(Path(INSIDE).parent)
     code = BOOT.format(folder=folder, package=Path(INSIDE).name)
     return [python, "-s", "-S", "-B", "-c", code]
+
+
+@functools.cache
+def _compile(python: str) -> None:
+    """Have the trusted code as bytecode: a sandbox cannot write it, and compiling takes longer than Python's start."""
+    if python == os.path.realpath(sys.executable):
+        compileall.compile_dir(INSIDE, maxlevels=0, quiet=2)
+    else:
+        subprocess.run([python, "-m", "compileall", "-q", "-l", INSIDE], capture_output=True, check=False)
 
 
 def readable(python: str, level: Level, more: Sequence[str]) -> list[str]:

@@ -65,6 +65,8 @@ def probes() -> tuple[Probe, ...]:
         Probe("lives on past the time-out", _daemonizes),
         Probe("fills the memory", _fills_memory),
         Probe("fills the memory from many processes", _fills_memory_together),
+        Probe("fills memory that processes share", _fills_shared_memory),
+        Probe("fills memory that no process has", _fills_memory_apart, Level.LANDLOCK),
         Probe("fills the disk", _fills_disk),
         Probe("never ends", _never_ends),
         Probe("prints without end", _prints),
@@ -286,6 +288,38 @@ print("full")
 """
     outcome = _outcome(sandbox, source)
     return "" if outcome.kind == "memory" else f"{outcome.describe()}, printed {outcome.stdout!r}"
+
+
+def _fills_shared_memory(sandbox: Sandbox) -> str:
+    size, processes = sandbox.limits.memory // 2, sandbox.limits.processes - 1
+    source = f"""
+import mmap, os, time
+for _ in range({processes - 1}):
+    if os.fork() == 0: break
+data = mmap.mmap(-1, {size})
+for place in range(0, {size}, 4096): data[place] = 1
+time.sleep(1)
+print("full")
+"""
+    outcome = _outcome(sandbox, source)
+    return "" if outcome.kind == "memory" else f"{outcome.describe()}, printed {outcome.stdout!r}"
+
+
+def _fills_memory_apart(sandbox: Sandbox) -> str:
+    source = """
+import ctypes, os
+libc, size = ctypes.CDLL(None), 1 << 20
+libc.shmat.restype = ctypes.c_void_p
+try:
+    os.write(os.memfd_create("probe"), bytes(size)); print("a file in memory")
+except OSError: pass
+found = libc.shmget(0, size, 0o1600)
+if found >= 0:
+    libc.shmctl(found, 0, None)  # it would outlive the sandbox
+    print("a shared segment")
+"""
+    made = _output(sandbox, source).splitlines()
+    return f"made {' and '.join(made)}" if made else ""
 
 
 def _fills_disk(sandbox: Sandbox) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import marshal
 import os
 import select
 import signal
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple, cast
 
 from .level import Level, SandboxError, boot, bubblewrap, interpreter, machine, readable, require, user
 
@@ -77,6 +78,21 @@ class Outcome:
         return f"exit code {self.code}{': ' if last else ''}{''.join(last)[:200]}"
 
 
+class Frame(NamedTuple):
+    """What the watching process reports of a run: how it ended, and two texts that were written, errors the second."""
+
+    kind: Kind
+    code: int
+    seconds: float
+    written: list[bytes]
+
+    def outcome(self, stdout: str = "") -> Outcome:
+        """The outcome, with an output of this text."""
+        return Outcome(
+            kind=self.kind, code=self.code, stdout=stdout, stderr=_text(self.written[1]), seconds=self.seconds
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sandbox:
     """A way to run model-written code: what it may use, and the least that must stand between it and the machine.
@@ -104,7 +120,7 @@ class Sandbox:
         that is no success is the last.
         """
         frames, lost = self._start(program, inputs, None, until_failure=until_failure)
-        outcomes = [Outcome(**frame) for frame in frames]
+        outcomes = [frame.outcome(stdout=_text(frame.written[0])) for frame in frames]
         if program.build and outcomes:
             built, *outcomes = outcomes
             if not built.succeeded:
@@ -127,14 +143,15 @@ class Sandbox:
         frames, outcome = self._start(Program(source=solution), (), given)
         failures: list[str] = []
         for frame in frames:
-            failures = frame.pop("verdicts")
-            outcome = Outcome(**frame)
+            lines = frame.written[0].splitlines(keepends=True)
+            failures = [json.loads(line) for line in lines if line.endswith(b"\n")]
+            outcome = frame.outcome()
         failures += [f"no verdict: {outcome.describe()}"] * (len(tests) - len(failures))
         return failures[: len(tests)], outcome
 
     def _start(
         self, program: Program, inputs: Sequence[str], tests: dict | None, *, until_failure: bool = False
-    ) -> tuple[list[dict[str, Any]], Outcome]:
+    ) -> tuple[list[Frame], Outcome]:
         """The frames that came, and the outcome for those that did not."""
         level = machine().level if self.level is None else self.level
         require(max(self.required, level))
@@ -143,32 +160,36 @@ class Sandbox:
         num_runs = len(inputs) + bool(program.build) + bool(tests)
         with _workdir(level, users[0]) as workdir, tempfile.TemporaryFile() as errors:
             spec = self._spec(program, level, workdir) | {
-                "inputs": list(inputs), "until_failure": until_failure, "tests": bool(tests),
+                "inputs": list(map(str, inputs)), "until_failure": until_failure, "tests": bool(tests),
                 "user": users[0], "tests_user": users[1],
             }  # fmt: skip
             seconds = START_SECONDS + num_runs * (self.limits.seconds + 2)
-            most = num_runs * 16 * (self.limits.output + 65536)
-            with _file(spec) as given, _file(tests or {}) as hidden:
-                lines = _lines(self._command(level, workdir), (given.fileno(), hidden.fileno()), errors, seconds, most)
+            most = num_runs * 3 * (self.limits.output + 65536)
+            with _file(marshal.dumps(spec, 4)) as given, _file(json.dumps(tests).encode()) as hidden:
+                command, variables = self._command(level, _variables(workdir))
+                files = (given.fileno(), hidden.fileno())
+                taken = _taken(command, variables, files, errors, seconds=seconds, most=most)
             errors.seek(0)
             said = errors.read(2000).decode("utf-8", "replace").strip()
-        if not lines and said:
+        frames = _frames(taken)
+        if not frames and said:
             raise SandboxError(f"the sandbox did not start: {said}")
-        return [json.loads(line) for line in lines], Outcome(kind="lost", stderr=said)
+        return frames, Outcome(kind="lost", stderr=said)
 
-    def _command(self, level: Level, workdir: str) -> list[str]:
-        """What starts the sandbox; the descriptors of its files follow."""
-        python, variables = interpreter(level), [f"{name}={value}" for name, value in _variables(workdir).items()]
-        command = ["/usr/bin/env", "-i", *variables, *boot(python, level)]
+    def _command(self, level: Level, variables: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+        """What starts the sandbox, with which environment; the descriptors of its files follow."""
+        python = interpreter(level)
         if level is not Level.BUBBLEWRAP:
-            return command
-        return [*bubblewrap(python, disk=self.limits.disk, readable=self.packages), *command]
+            return boot(python, level), variables
+        walled = bubblewrap(python, disk=self.limits.disk, readable=self.packages, variables=variables)
+        return [*walled, *boot(python, level)], {}
 
     def _spec(self, program: Program, level: Level, workdir: str) -> dict[str, Any]:
         """What the process inside has to know, but for what is to be run on."""
         found, limits = machine(), self.limits
         return {
-            "files": {program.file: program.source}, "file": program.file, "run": program.run, "build": program.build,
+            "files": {program.file: str(program.source)}, "file": program.file,
+            "run": program.run, "build": program.build,
             "workdir": workdir, "packages": self.packages,
             "landlock": level >= Level.LANDLOCK and found.landlock > 0,
             "seccomp": found.seccomp,
@@ -181,6 +202,25 @@ class Sandbox:
                 "address_space": program.address_space, "nproc": limits.processes + _others(level),
             },
         }  # fmt: skip
+
+
+def _frames(data: bytes) -> list[Frame]:
+    """The frames that came whole: a line with kind, exit code, seconds and sizes, then bytes of these sizes."""
+    frames: list[Frame] = []
+    place = 0
+    while (end := data.find(b"\n", place)) >= 0:
+        kind, code, seconds, *sizes = data[place:end].split()
+        place, written = end + 1, list[bytes]()
+        for size in map(int, sizes):
+            written.append(data[place : place + size])
+            place += size
+        if place <= len(data):
+            frames.append(Frame(cast(Kind, kind.decode()), int(code), float(seconds), written))
+    return frames
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
 
 
 def _others(level: Level) -> int:
@@ -218,22 +258,25 @@ def _workdir(level: Level, owner: int | None) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _file(content: Any) -> Iterator[IO[bytes]]:
-    """A file without a name that holds JSON."""
+def _file(content: bytes) -> Iterator[IO[bytes]]:
+    """A file without a name."""
     with tempfile.TemporaryFile() as file:
-        file.write(json.dumps(content).encode())
+        file.write(content)
         file.seek(0)
         yield file
 
 
-def _lines(command: list[str], files: tuple[int, int], errors: IO[bytes], seconds: float, most: int) -> list[bytes]:
-    """Start the first process of a sandbox and take what it writes, until it ends: whole lines."""
+def _taken(
+    command: list[str], variables: dict[str, str], files: tuple[int, int], errors: IO[bytes], *, seconds: float,
+    most: int,
+) -> bytes:  # fmt: skip
+    """Start the first process of a sandbox and take what it writes, until it ends."""
     incoming, outgoing = os.pipe()
     try:
         descriptors = [str(files[0]), str(outgoing), str(files[1])]
         process = subprocess.Popen(
             [*command, *descriptors], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
-            pass_fds=(*files, outgoing), env={}, cwd="/", start_new_session=True,
+            pass_fds=(*files, outgoing), env=variables, cwd="/", start_new_session=True,
         )  # fmt: skip
     except BaseException:
         os.close(incoming)
@@ -241,11 +284,10 @@ def _lines(command: list[str], files: tuple[int, int], errors: IO[bytes], second
     finally:
         os.close(outgoing)
     try:
-        taken = _take(incoming, time.monotonic() + seconds, most)
+        return _take(incoming, time.monotonic() + seconds, most)
     finally:
         os.close(incoming)  # a watcher that still runs ends everything now
         _end(process)
-    return [line for line in taken.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def _take(descriptor: int, deadline: float, most: int) -> bytes:

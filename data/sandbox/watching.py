@@ -3,14 +3,18 @@
 What the kernel limits is per process or per user; what is watched here is what all of them use together.
 """
 
-import contextlib
+from __future__ import annotations
+
 import os
 import select
-import signal
 import time
-from collections.abc import Iterable
-from typing import Any
 
+TYPE_CHECKING = False  # importing typing and collections.abc for annotations would be a tenth of a sandbox's start
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+SIGKILL, SIGXCPU = 9, 24  # the signal module makes enumerations, which takes longer than its use
 WATCH_SECONDS = 0.05  # between two looks at memory, disk and number of processes
 KILL_SECONDS = 5.0
 
@@ -66,7 +70,7 @@ def watch(watched: Watched, main_child: int, children: list[int], status: int) -
 def _cause(kind: str, watched: Watched, child: int) -> str:
     """The kernel ends a process over its processor time with SIGKILL or SIGXCPU: that is a time-out, too."""
     code = watched.children.get(child, 0)
-    if kind == "exited" and code in (-signal.SIGKILL, -signal.SIGXCPU) and watched.used >= watched.limits["cpu"] - 0.1:
+    if kind == "exited" and code in (-SIGKILL, -SIGXCPU) and watched.used >= watched.limits["cpu"] - 0.1:
         return "timeout"
     return kind
 
@@ -127,9 +131,15 @@ def _kill_all(watched: Watched, children: Iterable[int] = ()) -> None:
         if not living:
             return
         for process in living:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(process, signal.SIGKILL)
+            _kill(process)
         _reap(watched, 0)
+
+
+def _kill(process: int) -> None:
+    try:
+        os.kill(process, SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return
 
 
 def descendants(process: int) -> list[int]:
@@ -137,31 +147,39 @@ def descendants(process: int) -> list[int]:
     found: list[int] = []
     waiting = [process]
     while waiting:
-        current = waiting.pop()
-        with contextlib.suppress(OSError):
-            for thread in os.listdir(f"/proc/{current}/task"):
-                with open(f"/proc/{current}/task/{thread}/children", encoding="ascii") as file:
-                    below = [int(child) for child in file.read().split()]
-                found += below
-                waiting += below
+        below = _children(waiting.pop())
+        found += below
+        waiting += below
+    return found
+
+
+def _children(process: int) -> list[int]:
+    found: list[int] = []
+    try:
+        for thread in os.listdir(f"/proc/{process}/task"):
+            with open(f"/proc/{process}/task/{thread}/children", encoding="ascii") as file:
+                found += map(int, file.read().split())
+    except OSError:
+        return found
     return found
 
 
 def _resident(process: int) -> int:
-    """Bytes of memory that only a process has, roughly: its resident pages but those shared with files."""
+    """Bytes of a process's resident memory but for files; what processes share counts for each of them."""
     try:
-        with open(f"/proc/{process}/statm", encoding="ascii") as file:
-            _, resident, shared, *_ = map(int, file.read().split())
-    except (OSError, ValueError):
+        with open(f"/proc/{process}/status", encoding="utf-8", errors="replace") as file:
+            return sum(int(line.split()[1]) << 10 for line in file if line.startswith(("RssAnon:", "RssShmem:")))
+    except OSError:
         return 0
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _stored(folder: str) -> int:
     """Bytes of the files below a folder; what cannot be read counts nothing, as it was made unreadable by its owner."""
-    total = 0
-    for path, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(path, name)).st_blocks * 512
-    return total
+    return sum(_size(os.path.join(path, name)) for path, _, names in os.walk(folder) for name in names)
+
+
+def _size(file: str) -> int:
+    try:
+        return os.lstat(file).st_blocks * 512
+    except OSError:
+        return 0

@@ -76,7 +76,7 @@ def main(
         if hosts.is_first():
             for one in funnels.read(out, ["kept"]):
                 console.print(report.funnel_table(one))
-            count = len(shards.read_rows(kept))
+            count = shards.count_rows(kept)
             console.print(f"{count} rows are kept: {Path(kept) / 'rows'}", soft_wrap=True, highlight=False)
 
 

@@ -8,18 +8,26 @@ After https://arxiv.org/abs/2512.02556, section 3:
     base --SFT on what is kept of all domains--> generalist
     generalist --one RL stage on all domains mixed--> final
 
+The paper has six domains (and writing and general questions), each with and without thinking, "large-scale" RL for
+every specialist, thousands of steps of mixed RL, and for the general agent 1,827 synthesised environments with 4,417
+tasks. Here a domain is a source of tasks that a program judges. There are three, and each of their prompts (the tiny
+base: some 350 of 512 strings of three letters) is used as the paper uses its environments, by the domain's specialist
+and again in the mixed stage. No thinking, no tools: what stays is the order of the stages, and who writes whose data.
+
 The claim to look at: the generalist is marginally below each specialist in its domain, and the last stage closes the
-gap. On the tiny base (a minute or two on 2 cores, one seed) specialists reach 98, 96 and 83% of the held-out prompts of
-their own domains, the generalist 99, 98 and 100%, and 100% of all after the last stage: the data alone closes the gap.
+gap. On the tiny base (two minutes on a busy core, one seed) specialists reach 99, 86 and 100% of the held-out prompts
+of their own domains, the generalist 96, 100 and 100%, and 100, 98 and 98% after the last stage. SmolLM2-135M-Instruct
+(12 minutes of processor time): 93, 60 and 25%, then 100, 68 and 33%, then 100, 78 and 30%. There the data alone closes
+the gap: 96 short answers that passed are a better lesson than eight steps of RL.
 """
 
 from typing import Literal
 
 from ...data.conversations import Rows
-from ...data.filters import contamination, duplicates, outcome, repetition
+from ...data.filters import duplicates, outcome
 from ...data.filters.funnel import Filter
 from ...data.task import TaskSource
-from ...data.tasks import Mixture, Split
+from ...data.tasks import Mixture
 from ...train.answers import Local
 from ...train.convert import Convert
 from ...train.curate import Curate
@@ -31,16 +39,11 @@ from ..comparison import Comparison, Entry
 from ..recipe import Run
 from . import engine_scales
 
-HELD_OUT = 0.3
-
 
 def filters(held_out: tuple[TaskSource, ...], keep: int) -> tuple[Filter, ...]:
     """What a specialist's answer has to pass, in this order."""
     return (
-        outcome.Finished(),
-        outcome.Verified(),
-        repetition.RepeatedPhrases(),
-        contamination.Decontaminated(evaluations=held_out),
+        *engine_scales.sound(held_out),
         duplicates.NearDuplicateResponses(),
         outcome.ShortestCorrect(count=keep),
     )
@@ -57,9 +60,7 @@ def recipe(
             with.
     """
     scale = engine_scales.SCALES[base]
-    train = {one.domain: Split(source=one, part="train", fraction=HELD_OUT) for one in scale.domains}
-    held_out = tuple(Split(source=one, part="held_out", fraction=HELD_OUT) for one in scale.domains)
-    prompts = tuple(train.values())
+    prompts, held_out = engine_scales.parts(scale.domains)
 
     def score(name: str, model: str) -> str:
         return run(f"eval-{name}", Evaluate(model=model, tasks=held_out, **scale.evaluate))
@@ -68,9 +69,10 @@ def recipe(
     entries = [Entry("start", score("start", start), ())]
 
     specialists: dict[str, str] = {}
-    for domain, tasks in train.items():
-        specialists[domain] = run(f"specialist-{domain}", RL(start=start, tasks=tasks, **scale.rl))
-        entries.append(Entry(f"specialist-{domain}", score(domain, specialists[domain]), (specialists[domain],)))
+    for tasks in prompts:
+        model = run(f"specialist-{tasks.domain}", RL(start=start, tasks=tasks, **scale.rl))
+        entries.append(Entry(f"specialist-{tasks.domain}", score(tasks.domain, model), (model,)))
+        specialists[tasks.domain] = model
 
     teachers = {domain: Local(model=model) for domain, model in specialists.items()}
     generated = run("generated", Generate(prompts=prompts, teachers=teachers, **scale.generate))

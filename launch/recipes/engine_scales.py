@@ -1,19 +1,44 @@
-"""Sizes of the recipes that generate their data (`olmo3`, `deepseek_v32`), for each base model."""
+"""What the recipes that generate their data (`olmo3`, `deepseek_v32`, `rejection`) share: sizes for each base model,
+the parts of the tasks, and the filters that every answer has to pass.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...data.filters import contamination, outcome, repetition
+from ...data.filters.funnel import Filter
 from ...data.task import TaskSource
-from ...data.tasks import Mixture
+from ...data.tasks import Mixture, Split
 from ...model.config import PUBLISHED
 from ...model.processing import Sampling
 from ...train.optimizer import AdamW
+from ...train.prefer import DPO
 from ...train.rl import RL
 from ...train.sft import SFT
 from . import mopd_scales
 from .mopd_scales import LARGE_COMPUTE, LARGE_SAMPLING, SMOLLM2_COMPUTE, TINY_COMPUTE
+
+HELD_OUT = 0.3
+
+
+def parts(domains: Sequence[TaskSource]) -> tuple[tuple[Split, ...], tuple[Split, ...]]:
+    """The prompts to learn from and those held out to evaluate on, of each domain."""
+    train = tuple(Split(source=one, part="train", fraction=HELD_OUT) for one in domains)
+    return train, tuple(Split(source=one, part="held_out", fraction=HELD_OUT) for one in domains)
+
+
+def sound(held_out: tuple[TaskSource, ...]) -> tuple[Filter, ...]:
+    """What any answer to learn from has to pass, in this order; recipes add their own, and a choice, behind it."""
+    return (
+        outcome.Finished(),
+        outcome.Verified(),
+        repetition.RepeatedSentences(),
+        repetition.RepeatedParagraphs(),
+        repetition.RepeatedPhrases(),
+        contamination.Decontaminated(evaluations=held_out),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +58,7 @@ class Scale:
     evaluate: Mapping[str, Any]
     rl: Mapping[str, Any]
     mixed_rl: Mapping[str, Any]
+    prefer: Mapping[str, Any]
     keep: int = 2
     mixture: int = 4096
     start: Callable[[Sequence[TaskSource]], SFT] | None = None
@@ -59,6 +85,13 @@ TINY = Scale(
     evaluate=mopd_scales.TINY.evaluate,
     rl=mopd_scales.TINY_RL,
     mixed_rl={**mopd_scales.TINY_RL, "optimizer": AdamW(learning_rate=4e-4)},
+    prefer={
+        "steps": 20,
+        "batch_size": 16,
+        "objective": DPO(nll=0.2),
+        "optimizer": AdamW(learning_rate=1e-4, schedule="linear", warmup_steps=2),
+        "compute": TINY_COMPUTE,
+    },
 )
 
 
@@ -75,12 +108,19 @@ SMOLLM2 = Scale(
         "limit": 60,
         "compute": SMOLLM2_COMPUTE,
     },
-    sft={"steps": 20, "batch_size": 8, "compute": SMOLLM2_COMPUTE},
+    sft={"steps": 40, "batch_size": 8, "compute": SMOLLM2_COMPUTE},
     high=AdamW(learning_rate=3e-5, warmup_steps=2, schedule="linear"),
     low=AdamW(learning_rate=1e-5, warmup_steps=2, schedule="linear"),
     evaluate=mopd_scales.SMOLLM2.evaluate,
     rl=mopd_scales.SMOLLM2_RL,
-    mixed_rl=mopd_scales.SMOLLM2_RL,
+    mixed_rl={**mopd_scales.SMOLLM2_RL, "steps": 16},
+    prefer={
+        "steps": 10,
+        "batch_size": 8,
+        "objective": DPO(nll=0.2),
+        "optimizer": AdamW(learning_rate=3e-6, schedule="linear", warmup_steps=1),
+        "compute": SMOLLM2_COMPUTE,
+    },
 )
 
 
@@ -98,6 +138,7 @@ LARGE = Scale(
     evaluate=mopd_scales.LARGE.evaluate,
     rl=mopd_scales.LARGE.rl,
     mixed_rl=mopd_scales.LARGE.rl,
+    prefer={"steps": 500, "batch_size": 128, "objective": DPO(nll=0.2), "compute": LARGE_COMPUTE},
     mixture=100_000,
 )
 """For a pod, with the learning rates of the paper's 32B model; the published shapes are planned with it."""
