@@ -15,6 +15,7 @@ import pytest
 from posttrain.data.sandbox import probes
 from posttrain.data.sandbox.level import Level, SandboxError, machine, require
 from posttrain.data.sandbox.run import Limits, Program, Sandbox
+from posttrain.launch import checkup
 
 LEVELS = (Level.BUBBLEWRAP, Level.LANDLOCK, Level.PLAIN)
 
@@ -32,6 +33,14 @@ def test_no_attack_gets_through_that_the_level_has_to_withstand(sandbox):
     assert [finding for finding in got_through if finding.needed <= (sandbox.level or 0)] == []
     if sandbox.level is Level.PLAIN:  # the attacks are real: without a wall around files they succeed
         assert {"writes a file outside", "reads a file outside"} <= {finding.name for finding in got_through}
+
+
+def test_doctor_attacks_the_sandbox_of_this_machine_and_says_how_it_held():
+    found = {check.about: check for check in checkup.checks()}
+    assert list(found) == ["devices", "TPU compiler", "sandbox", "attacks on it"]
+    assert found["attacks on it"].holds, found["attacks on it"].said
+    assert found["attacks on it"].said.startswith(f"{len(probes.probes())} of {len(probes.probes())} withstood")
+    assert found["sandbox"].said.startswith(machine().level.name.lower())
 
 
 def test_a_program_gets_its_input_and_gives_its_output_and_exit_code(sandbox):

@@ -2,13 +2,16 @@
 
 import re
 import sys
+from collections.abc import Iterable
 from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from .. import checkup
 from ..tpu import cloud, commands, driver, preflight, record, session
 from ..tpu import spec as specs
 from ..tpu.driver import World
+from ..tpu.preflight import Check
 from ..tpu.record import Record
 from ..tpu.spec import Capacity, Spec
 
@@ -102,7 +105,15 @@ def doctor(
     spot: Annotated[bool, arg(help="And with which quota.")] = False,
     project: str = "",
 ) -> None:
-    """Check what a launch needs: account, API, hardware, quota, run folder, hosts; it ends with 1 if one is wrong."""
+    """Check this machine and, with a name or a zone, what a launch needs; it ends with 1 if one is wrong.
+
+    This machine: devices, the TPU compiler, and what the sandbox withstands (`posttrain sandbox` tells more). A launch:
+    account, API, hardware, quota, run folder, hosts.
+    """
+    if not name and not zone:
+        if not _shown(checkup.checks()):
+            sys.exit(1)
+        return
     world, one = World(), record.load(name) if name else None
     if one is None:
         capacity: Capacity = "spot" if spot else "on-demand"
@@ -119,12 +130,18 @@ def doctor(
     else:
         spec = one.spec
     specs.check(spec)
-    failed = False
-    for check in preflight.checks(spec, world.run):
-        print(f"  {'?' if check.holds is None else '✓' if check.holds else '✗'} {check.about}: {check.said}")
-        failed |= check.holds is False
-    if failed or (one is not None and not _hosts_are_well(one, world)):
+    well = _shown(preflight.checks(spec, world.run))
+    if not well or (one is not None and not _hosts_are_well(one, world)):
         sys.exit(1)
+
+
+def _shown(checks: Iterable[Check]) -> bool:
+    """Print each check; whether none of them fails."""
+    well = True
+    for check in checks:
+        print(f"  {'?' if check.holds is None else '✓' if check.holds else '✗'} {check.about}: {check.said}")
+        well &= check.holds is not False
+    return well
 
 
 def _hosts_are_well(one: Record, world: World) -> bool:
