@@ -10,9 +10,9 @@ The labeller who ranks is a verifier, so the reward model's opinion can be held 
 domain are what the labeller compares and PPO trains on; demonstrations are of all domains, and stand for pretraining,
 too: what PPO forgets of the others is what ptx is for. Every model is evaluated on held-out tasks of all domains.
 
-On the tiny base (7 minutes on busy cores, one seed) the reward model comes to rank all of its training pairs and PPO raises its
-score from -8.7 to -4.1, but not the truth: 11.7% of the first domain's held-out tasks before and 10.9% after. Without ptx the
-other domains fall from 100% to 89, 73 and 95%; with it they stay at 100%.
+On the tiny base (7 minutes on busy cores, one seed) the reward model comes to rank all of its training pairs and PPO
+raises its score from -8.7 to -4.1, but not the truth: 11.7% of the first domain's held-out tasks before and 10.9%
+after. Without ptx the other domains fall from 100% to 89, 73 and 95%; with it they stay at 100%.
 """
 
 from typing import Literal
