@@ -12,9 +12,9 @@ too: what PPO forgets of the others is what ptx is for. Every model is evaluated
 
 On the tiny base (7 minutes on busy cores, one seed) the reward model comes to rank all of its training pairs and PPO
 raises its score from -8.7 to -4.1, but not the truth: 11.7% of the first domain's held-out tasks before and 10.9%
-after. Without ptx the other domains fall from 100% to 89, 73 and 95%; with it they stay at 100%. No other share of the
-first domain among the demonstrations (0.045 to 0.08, for which SFT reaches anything from 12 to 100%) or weight of the KL
-term (0.02 to 0.5) let PPO gain either.
+after. Without ptx the other domains fall from 100% to 89, 73 and 95%; with it they stay at 100%. No other share of
+the first domain among the demonstrations (0.045 to 0.08, for which SFT reaches anything from 12 to 100%) or weight of
+the KL term (0.02 to 0.5) let PPO gain either.
 """
 
 from typing import Literal
