@@ -7,7 +7,6 @@ from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from .. import checkup
 from ..tpu import cloud, commands, driver, preflight, record, session
 from ..tpu import spec as specs
 from ..tpu.driver import World
@@ -111,6 +110,8 @@ def doctor(
     account, API, hardware, quota, run folder, hosts.
     """
     if not name and not zone:
+        from .. import checkup  # which imports JAX: help does not wait for it
+
         if not _shown(checkup.checks()):
             sys.exit(1)
         return
