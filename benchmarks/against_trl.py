@@ -23,6 +23,7 @@ import optax
 import tyro
 from beside import TRL, Peer
 
+from posttrain.data import preferences
 from posttrain.data.pack import Example, Group, pack_groups
 from posttrain.model import hf, transformer
 from posttrain.model.config import ModelConfig
@@ -33,7 +34,7 @@ CONFIG = ModelConfig(
     vocab_size=512, embed_dim=256, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=32, mlp_dim=704, context=512,
     eos_ids=(0,), pad_id=0,
 )  # fmt: skip
-PAIRS, PROMPT, SHORTEST, LONGEST, ROW = 8, 96, 64, 128, 320
+PAIRS, PROMPT, SHORTEST, LONGEST, ROW = 8, 96, 64, 128, 352
 BETA, LEARNING_RATE, STEPS = 0.1, 1e-4, 4
 Run = Callable[[], dict[str, Any]]
 
@@ -77,6 +78,8 @@ def ours(params: transformer.Params, pairs: list[dict[str, list[int]]]) -> Run:
         )
         for pair in pairs
     ]
+    for group in groups:
+        preferences.check_fits(group, ROW)
     batch = {name: jnp.asarray(x) for name, x in pack_groups(groups, length=ROW, fields=("good",)).batch.items()}
     plain = dict(batch)
     batch["reference_logp"] = score.token_logp(CONFIG, params, plain)
