@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +35,7 @@ INSTALL = (
     "make one with `python3.12 -m venv maxtext-env && maxtext-env/bin/pip install 'maxtext[tpu]==0.2.5' "
     "'libtpu==0.0.50.*'` and pass --maxtext-python maxtext-env/bin/python"
 )
+SIZES = ("argument_size_in_bytes", "temp_size_in_bytes", "peak_memory_in_bytes")
 FIND = (
     "import importlib.metadata as m, maxtext, pathlib; print(m.version('maxtext'), pathlib.Path(maxtext.__path__[0]))"
 )
@@ -73,19 +75,17 @@ def ours(args: Args) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         compiled = jax.jit(sft.train_step(config, optimizer), donate_argnums=0).lower(*arguments).compile()
     memory: Any = compiled.memory_analysis()
-    arguments, peak, reported = (
-        getattr(memory, f"{name}_in_bytes") for name in ("argument_size", "peak_memory", "temp_size")
-    )
     version = f"jax {jax.__version__}, libtpu {metadata.version('libtpu')}"
-    return _side(arguments, peak, reported, began, version)
+    return _side({name: getattr(memory, name) for name in SIZES}, began, version)
 
 
-def _side(arguments: int, peak: int, reported: int, began: float, version: str) -> dict[str, Any]:
+def _side(memory: Mapping[str, int], began: float, version: str) -> dict[str, Any]:
     """One side's row. What a step needs beside its arguments is what its peak has more than they.
 
     `temp_size_in_bytes` counts more: a buffer that an argument leaves and a result takes is in it twice (a step that
     only subtracts a gradient from donated weights is said to have its whole peak as temporaries).
     """
+    arguments, reported, peak = (memory[name] for name in SIZES)
     sizes = {"arguments": arguments, "temporaries": peak - arguments, "temp_size": reported}
     return {**sizes, "seconds": time.monotonic() - began, "version": version}
 
@@ -132,8 +132,7 @@ def maxtext(args: Args) -> dict[str, Any] | str:
         return f"MaxText {version} did not compile this step (exit code {done.returncode}): {last}"
     found = json.loads(done.stdout.splitlines()[-1])
     versions = ", ".join(f"{name} {number}" for name, number in found.pop("versions").items())
-    arguments, peak, reported = (found[f"{name}_in_bytes"] for name in ("argument_size", "peak_memory", "temp_size"))
-    return _side(arguments, peak, reported, began, versions)
+    return _side(found, began, versions)
 
 
 def _environment() -> dict[str, str]:

@@ -23,13 +23,14 @@ import numpy as np
 import tyro
 
 from posttrain.sharding import mesh as meshes
-from posttrain.train import bucket, checkpoint, metrics
+from posttrain.train import bucket, checkpoint
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 import chat_server  # pyright: ignore[reportMissingImports]
 import fake_bucket  # pyright: ignore[reportMissingImports]
 import local_hosts  # pyright: ignore[reportMissingImports]
+import resumable  # pyright: ignore[reportMissingImports]
 
 AGAIN, KILLED, FAILED, TOLD = 75, -signal.SIGKILL, 2, 1
 BOTH = ("", "")
@@ -133,13 +134,7 @@ def read(out: Path | str) -> Found:
             if (stage / "model").exists()
             for name, leaf in checkpoint.leaves(stage, mesh)
         }
-        logs = {
-            stage.name: [
-                {k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(stage / "metrics.jsonl")
-            ]
-            for stage in stages
-            if (stage / "metrics.jsonl").exists()
-        }
+        logs = {stage.name: resumable.logged(stage) for stage in stages if (stage / "metrics.jsonl").exists()}
         data = {str(file.relative_to(folder)): file.read_bytes() for file in folder.glob("*/rows/*")}
     return Found(arrays, logs, data)
 

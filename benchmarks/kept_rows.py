@@ -21,6 +21,7 @@ import tyro
 from posttrain.data.conversations import Rows
 from posttrain.data.filters.funnel import PromptFilter
 from posttrain.data.row import Row
+from posttrain.data.tasks import parts
 from posttrain.launch.recipe import Training
 from posttrain.launch.recipes import engine_scales, olmo3
 from posttrain.train import evaluate
@@ -58,7 +59,7 @@ class First(PromptFilter):
 def main(settings: Settings) -> None:
     """Print a table, in Markdown: each arm's score by domain, and the difference, over seeds."""
     scale, run = engine_scales.SCALES[settings.base], Training(settings.out)
-    prompts, held_out = engine_scales.parts(scale.domains)
+    prompts, held_out = parts(*scale.domains)
     start = run("start", scale.start(prompts) if scale.start else Convert(source=settings.base))
     asked = {**scale.generate, "sampling": dataclasses.replace(scale.generate["sampling"], temperature=1.0)}
     generated = run("generated", Generate(prompts=prompts, teachers={ANY: Local(model=start)}, **asked))

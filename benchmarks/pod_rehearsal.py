@@ -9,7 +9,6 @@ jax.distributed) are real; gcloud, sudo, systemd and uv are those of tests/fake_
 import json
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -62,12 +61,6 @@ class Settings:
     keep: Path | None = None
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
 def launch(folder: Path, planned: dict[tuple[int, int], str]) -> tuple[record.Record, fake_cloud.FakeCloud]:
     """Launch the recipe in a cloud of its own; `planned` is what happens by (life, host)."""
     folder.mkdir()
@@ -87,7 +80,7 @@ def launch(folder: Path, planned: dict[tuple[int, int], str]) -> tuple[record.Re
     for name, value in compiled_once.ENVIRONMENT.items():
         patch.setenv(name, value)
     for life in range(1, 10):
-        (folder / f"port-{life}").write_text(str(free_port()))
+        (folder / f"port-{life}").write_text(str(local_hosts.free_port()))
     for (life, host), event in planned.items():
         (folder / f"planned-{life}-{host}").write_text(event)
     begin = time.time()

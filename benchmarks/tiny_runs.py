@@ -14,7 +14,7 @@ import jax
 from posttrain.data.characters import Characters
 from posttrain.data.conversations import Demonstrations
 from posttrain.data.task import TaskSource
-from posttrain.data.tasks import Mixture, Split
+from posttrain.data.tasks import Mixture, Split, parts
 from posttrain.launch.recipe import Training
 from posttrain.model.processing import Sampling
 from posttrain.train import evaluate
@@ -46,7 +46,7 @@ class Settings:
 
 def split(source: Characters, fraction: float = 0.3) -> tuple[Split, Split]:
     """The tasks to train on, and a fraction of them to ask."""
-    train, held_out = (Split(source=source, part=part, fraction=fraction) for part in ("train", "held_out"))
+    (train,), (held_out,) = parts(source, held_out=fraction)
     return train, held_out
 
 

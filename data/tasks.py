@@ -173,6 +173,12 @@ class Split:
         return indices
 
 
+def parts(*sources: TaskSource, held_out: float = 0.3) -> tuple[tuple[Split, ...], tuple[Split, ...]]:
+    """Of each source the tasks to train on, and the fraction of them that is held out."""
+    train = tuple(Split(source=one, part="train", fraction=held_out) for one in sources)
+    return train, tuple(Split(source=one, part="held_out", fraction=held_out) for one in sources)
+
+
 def check_index(index: int, length: int) -> int:
     """The index, if it lies in [0, length); an IndexError otherwise, which also ends a for loop over a source."""
     if not 0 <= index < length:

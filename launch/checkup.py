@@ -37,7 +37,7 @@ def _sandbox() -> Iterator[Check]:
     enough = level is Level.BUBBLEWRAP
     yield Check("sandbox", True if enough else None, name if enough else f"{name}, no higher, as {found.reason}")
     findings = probes.check(Sandbox(required=Level.PLAIN, level=level))
-    through = [one.name for one in findings if not one.held and one.needed <= level]
+    through = [one.name for one in probes.got_through(findings, level)]
     held = f"{len(findings) - len(through)} of {len(findings)} withstood"
-    said = f"{held}; `posttrain sandbox` lists them"
-    yield Check("attacks on it", not through, f"{held}: {', '.join(through)} got through" if through else said)
+    rest = f"{held}: {', '.join(through)} got through" if through else f"{held}; `posttrain sandbox` lists them"
+    yield Check("attacks on it", not through, rest)

@@ -16,17 +16,21 @@ XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=fal
 """Quick to compile, and sums that do not depend on how many threads a process has."""
 
 
+def free_port() -> int:
+    """A port on loopback that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def start(
     count: int, devices: int, words: Sequence[Sequence[str]], environment: Mapping[str, str] = MappingProxyType({})
 ) -> list[subprocess.Popen[str]]:
     """`count` processes with as many devices in all, each with its own words."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     shared = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices // count), **environment}
     if count > 1:
         shared |= compiled_once.ENVIRONMENT | {
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
             "JAX_NUM_PROCESSES": str(count),
         }
     return [

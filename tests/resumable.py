@@ -20,7 +20,7 @@ from posttrain.data.tasks import Mixture
 from posttrain.launch.recipe import Training
 from posttrain.model.processing import Sampling
 from posttrain.sharding import mesh as meshes
-from posttrain.train import stop
+from posttrain.train import metrics, stop
 from posttrain.train.checkpoint import CheckpointError
 from posttrain.train.compute import Compute
 from posttrain.train.distill import Distill
@@ -39,6 +39,11 @@ SHARED = {
     "compute": COMPUTE,
     "seed": 3,
 }
+
+
+def logged(out: Path) -> list[dict]:
+    """The log of a stage without what the clock says."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(out / "metrics.jsonl")]
 
 
 def stage(name: str, teacher: str) -> SFT | RL | Distill:

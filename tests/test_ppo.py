@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from resumable import logged
 from toy import Likes
 
 from posttrain.data.conversations import Demonstrations
@@ -17,7 +18,7 @@ from posttrain.model import config as configs
 from posttrain.model import transformer
 from posttrain.model.processing import Sampling
 from posttrain.sharding import mesh as meshes
-from posttrain.train import checkpoint, metrics, ppo, reward, rollout, score, stop
+from posttrain.train import checkpoint, ppo, reward, rollout, score, stop
 from posttrain.train.compute import Compute
 from posttrain.train.optimizer import AdamW
 from posttrain.train.ppo import PPO, Objective, Ptx
@@ -99,10 +100,6 @@ def stage(**settings) -> PPO:
     return PPO(**{**given, **settings})
 
 
-def numbers(out):
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(out / "metrics.jsonl")]
-
-
 def test_a_run_that_is_stopped_goes_on_bit_for_bit_with_critic_reward_model_and_pretraining(
     judge, tmp_path, monkeypatch
 ):
@@ -122,13 +119,13 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit_with_critic_reward_model_and_
         with pytest.raises(stop.Interrupted):
             run.train(tmp_path / "ended", one_device())
     run.train(tmp_path / "ended", one_device())
-    assert numbers(tmp_path / "ended") == numbers(tmp_path / "whole")
+    assert logged(tmp_path / "ended") == logged(tmp_path / "whole")
     for part in ("model", "critic", "best"):
         whole, ended = (dict(checkpoint.leaves(tmp_path / name / part, one_device())) for name in ("whole", "ended"))
         assert all(np.array_equal(whole[name], ended[name]) for name in whole)
     scored = [json.loads((tmp_path / name / "validation.json").read_text()) for name in ("whole", "ended")]
     assert scored[0] == scored[1] and [one["step"] for one in scored[0]] == [0, 3]
-    lines = numbers(tmp_path / "whole")
+    lines = logged(tmp_path / "whole")
     assert lines[0]["kl"] == 0 and abs(lines[0]["mismatch"]) < 1e-4 and lines[0]["reward"] != lines[0]["verdict"]
     assert checkpoint.open_config(tmp_path / "whole" / "critic").output == "score"
 
@@ -138,7 +135,7 @@ def test_ppo_raises_the_reward(tmp_path):
     settings = {"optimizer": AdamW(learning_rate=1e-3), "steps": 40, "objective": objective}
     quick = dataclasses.replace(COMPUTE, save_every=100)
     stage(**settings, compute=quick).train(tmp_path / "ppo", one_device())
-    lines = numbers(tmp_path / "ppo")
+    lines = logged(tmp_path / "ppo")
     early, late = (np.mean([line["reward"] for line in part]) for part in (lines[:5], lines[-5:]))
     assert late > early + 0.2
 
@@ -176,6 +173,6 @@ def test_rl_can_be_rewarded_by_a_reward_model_and_reports_the_verdicts(judge, tm
         rewards=RewardModels(models=(judge,)), compute=COMPUTE,
     )  # fmt: skip
     run.train(tmp_path / "rl", one_device())
-    (line,) = numbers(tmp_path / "rl")
+    (line,) = logged(tmp_path / "rl")
     assert line["groups"] == 8 and line["no_variance"] == 0  # a score in float32 is hardly ever the same twice
     assert 0 <= line["verdict"] <= 1 and line["verdict"] != line["reward"]

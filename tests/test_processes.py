@@ -11,9 +11,10 @@ import pytest
 from chat_server import judged_or_answered, serving
 from fake_bucket import running
 from local_hosts import ends, pod, start
+from resumable import logged
 
 from posttrain.sharding import mesh as meshes
-from posttrain.train import bucket, checkpoint, metrics
+from posttrain.train import bucket, checkpoint
 
 
 def together(folder: Path, count: int) -> list[dict]:
@@ -53,11 +54,6 @@ CHAIN = [
 ]
 
 
-def lines(folder: Path) -> list[dict]:
-    """The log of a stage without what the clock says."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(folder / "metrics.jsonl")]
-
-
 def test_two_hosts_that_are_stopped_killed_and_stuck_anywhere_end_with_what_one_undisturbed_process_makes(tmp_path):
     whole, out, mesh = tmp_path / "whole", tmp_path / "out", meshes.make_mesh(devices=jax.devices()[:1])
     assert [code for code, _ in pod(whole, ("",))] == [0]
@@ -66,14 +62,14 @@ def test_two_hosts_that_are_stopped_killed_and_stuck_anywhere_end_with_what_one_
         assert tuple(code for code, _ in found) == codes, found
         assert all(re.search(one, said) for one, (_, said) in zip(sentences, found, strict=True)), found
         if "check" in events[1] and "SIGTERM" in events[1]:
-            steps = [line["step"] for line in lines(out / "rl")]  # how many depends on how far ahead the other host was
+            steps = [line["step"] for line in logged(out / "rl")]  # how many is up to how far ahead the other was
             assert steps == list(range(1, len(steps) + 1)) and len(steps) < 4, steps
     assert "in check" in (out / "stacks" / "host-1.txt").read_text()
     for stage in ("sft", "rl", "merge", "distill", "convert"):
         pairs = zip(checkpoint.leaves(out / stage, mesh), checkpoint.leaves(whole / stage, mesh), strict=True)
         assert all(np.array_equal(ours, theirs) for (_, ours), (_, theirs) in pairs), stage
     for stage in ("sft", "rl", "merge", "eval", "distill"):
-        assert lines(out / stage) == lines(whole / stage)
+        assert logged(out / stage) == logged(whole / stage)
     assert (out / "eval" / "scores.json").read_text() == (whole / "eval" / "scores.json").read_text()
     paces = [json.loads(line) for line in (out / "rl" / "paces.jsonl").read_text().splitlines()]
     assert [one["host"][:6] for one in paces[-1]["hosts"]] == ["host 0", "host 1"]
@@ -116,4 +112,4 @@ def test_two_hosts_write_judge_compare_and_learn_from_answers_as_one_does_in_a_b
                 pairs = zip(checkpoint.leaves(again / stage, mesh), checkpoint.leaves(whole / stage, mesh), strict=True)
                 assert all(np.array_equal(ours, theirs) for (_, ours), (_, theirs) in pairs), stage
             for stage in ("generate", "prefer", "reward", "kept", "ppo"):
-                assert lines(again / stage) == lines(whole / stage), stage
+                assert logged(again / stage) == logged(whole / stage), stage

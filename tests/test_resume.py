@@ -41,11 +41,6 @@ def parameters(out: Path | str) -> list[np.ndarray]:
     return [np.asarray(leaf) for _, leaf in checkpoint.leaves(out, mesh)]
 
 
-def comparable(out: Path) -> list[dict]:
-    """The lines of the log without what the clock says."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics.read(out / "metrics.jsonl")]
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     """A model that is not the tiny one that the stages start from."""
@@ -86,15 +81,15 @@ def test_a_run_that_ends_again_and_again_reaches_bit_for_bit_what_an_uninterrupt
             reached.append(Checkpoints(out / "checkpoints").latest() or 0)
             assert len(list((out / "checkpoints").glob("[0-9]"))) <= 3
         if code == INTERRUPTED:
-            assert [line["step"] for line in comparable(out)] == list(range(1, reached[-1] + 1))
+            assert [line["step"] for line in resumable.logged(out)] == list(range(1, reached[-1] + 1))
     assert reached == sorted(reached) and 0 < reached[-1] < resumable.STEPS
     finish(start(out, stage, teacher), 0)
     finish(uninterrupted, 0)
-    expected, log = parameters(whole), comparable(out)
+    expected, log = parameters(whole), resumable.logged(out)
     assert all(np.any(leaf != begin) for leaf, begin in zip(expected, parameters("tiny"), strict=True))
     assert all(np.array_equal(a, b) for a, b in zip(parameters(out), expected, strict=True))
     assert [line["step"] for line in log] == list(range(1, resumable.STEPS + 1))
-    assert log == comparable(whole)
+    assert log == resumable.logged(whole)
 
 
 def test_a_checkpoint_of_one_mesh_restores_onto_another(tmp_path):

@@ -148,12 +148,10 @@ class Generate:
                 if task.id not in seen:
                     seen.add(task.id)
                     places[self._teacher(task)].append((task.id, number, index))
-        in_order = {key: [place for _, *place in sorted(places[key])] for key in self.teachers}
-        pieces = [
-            (key, tuple((source, index) for source, index in found[start : start + self.block]))
-            for key, found in in_order.items()
-            for start in range(0, len(found), self.block)
-        ]
+        pieces: list[tuple[str, tuple[tuple[int, int], ...]]] = []
+        for key in self.teachers:
+            found = [(number, index) for _, number, index in sorted(places[key])]
+            pieces += [(key, tuple(found[start : start + self.block])) for start in range(0, len(found), self.block)]
         return [Block(number, key, piece) for number, (key, piece) in enumerate(pieces)]
 
     def _teacher(self, task: Task) -> str:

@@ -4,7 +4,6 @@ A pair shares its prompt in a packed row, so the prompt is computed once. The lo
 starting model, are computed once before training and kept on disk (see `reference`).
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -23,7 +22,6 @@ from ..data.pack import Group, Packed, pack_groups
 from ..data.preferences import Paired, Ranking, Rankings
 from ..data.shuffle import Shuffled
 from ..data.tokenizer import Tokenizer
-from ..data.verify.pool import VerifierPool
 from ..model.config import ModelConfig
 from ..sharding import mesh as meshes
 from . import checkpoint, loop, programs, score, state
@@ -34,7 +32,7 @@ from .prefer_objectives import DPO, IPO, KTO, ORPO, LengthNormalizedDPO, SimPO
 from .reference import Reference
 from .step import State, make_train_step
 from .updater import Updater, micro_batches
-from .validation import Validation
+from .validation import Validation, validating
 
 Objective = DPO | LengthNormalizedDPO | IPO | SimPO | ORPO | KTO
 
@@ -130,12 +128,7 @@ class Prefer:
                 now, metrics = updater.step(now, micros, *constants)
             return now, cursor, metrics
 
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(jax.set_mesh(mesh))
-            validate = None
-            if self.validation:
-                pool = stack.enter_context(VerifierPool(self.verifiers))
-                validate = self.validation.start(out, self.start, self.compute, mesh, pool)
+        with jax.set_mesh(mesh), validating(self, out, mesh) as validate:
             loop.run(
                 out,
                 start=self.start,

@@ -1,6 +1,5 @@
 """Supervised fine-tuning: raise the log-probability of the assistant's tokens in given conversations."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,6 @@ from ..data.conversations import Conversations
 from ..data.pack import Example, pack
 from ..data.shuffle import Shuffled
 from ..data.tokenizer import Tokenizer
-from ..data.verify.pool import VerifierPool
 from ..model import transformer
 from ..model.config import ModelConfig
 from ..sharding import hosts
@@ -28,7 +26,7 @@ from .metrics import Log
 from .optimizer import AdamW, Optimizer
 from .step import Loss, State, make_train_step
 from .updater import Updater, micro_batches
-from .validation import Validation
+from .validation import Validation, validating
 
 
 def loss(config: ModelConfig) -> Loss:
@@ -106,11 +104,7 @@ class SFT:
                 state, metrics = updater.step(state, micro_batches(rows, self.compute.rows(mesh), mesh))
             return state, cursor, metrics
 
-        with contextlib.ExitStack() as stack:
-            validate = None
-            if self.validation:
-                pool = stack.enter_context(VerifierPool(self.verifiers))
-                validate = self.validation.start(out, self.start, self.compute, mesh, pool)
+        with validating(self, out, mesh) as validate:
             loop.run(
                 out,
                 start=self.start,

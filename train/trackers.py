@@ -5,7 +5,7 @@ metrics.jsonl is the record; these are views of it, opened only where asked for.
 
 import hashlib
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -45,8 +45,12 @@ def request(wanted: Wanted) -> None:
 
 def opened(folder: Path, *, start: int) -> list[Tracker]:
     """The trackers of a stage that writes to `folder` and has made `start` steps; what is past them is shown anew."""
-    makers: dict[Callable[..., Tracker], bool] = {TensorBoard: _wanted.tensorboard, Wandb: bool(_wanted.wandb)}
-    return [make(folder, start=start) for make, wanted in makers.items() if wanted]
+    found: list[Tracker] = []
+    if _wanted.tensorboard:
+        found.append(TensorBoard(folder, start=start))
+    if _wanted.wandb:
+        found.append(Wandb(folder, project=_wanted.wandb))
+    return found
 
 
 def flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -84,11 +88,11 @@ class TensorBoard:
 class Wandb:
     """A run of Weights & Biases per stage, grouped by run folder; one that goes on keeps its identity."""
 
-    def __init__(self, folder: Path, *, start: int) -> None:
+    def __init__(self, folder: Path, *, project: str) -> None:
         module, group = _package("wandb", "wandb"), folder.resolve().parent
         identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         self._run = module.init(
-            project=_wanted.wandb, group=group.name, name=f"{group.name}/{folder.name}", id=identity, resume="allow",
+            project=project, group=group.name, name=f"{group.name}/{folder.name}", id=identity, resume="allow",
             dir=str(folder), reinit="finish_previous",
         )  # fmt: skip
 

@@ -1,8 +1,9 @@
 """Validation while a stage trains: a score on held-out data now and then, the best model kept, an early end."""
 
+import contextlib
 import json
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,16 @@ class Validation(Schedule):
         of = {"group": 1, "answers": answers, "times": self.times(steps), "resident": resident}
         named = programs.generation(config, self.sampling, compute, mesh, **of)
         return {f"validation {name}": program for name, program in named.items()}
+
+
+@contextlib.contextmanager
+def validating(stage: Any, out: Path, mesh: jax.sharding.Mesh) -> Iterator[Validate | None]:
+    """What the loop of a stage calls that has verifiers for its `validation` alone; they live inside."""
+    if stage.validation is None:
+        yield None
+        return
+    with VerifierPool(stage.verifiers) as pool:
+        yield stage.validation.start(out, stage.start, stage.compute, mesh, pool)
 
 
 @dataclass(frozen=True, kw_only=True)

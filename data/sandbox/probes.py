@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +48,11 @@ def check(sandbox: Sandbox) -> list[Finding]:
         got_through = probe.attempt(small)
         findings.append(Finding(probe.name, not got_through, got_through, probe.needed))
     return findings
+
+
+def got_through(findings: Sequence[Finding], level: Level) -> list[Finding]:
+    """The attacks that a sandbox of this level should have withstood and did not."""
+    return [one for one in findings if not one.held and one.needed <= level]
 
 
 def probes() -> tuple[Probe, ...]:
@@ -276,28 +281,23 @@ def _fills_memory(sandbox: Sandbox) -> str:
 
 
 def _fills_memory_together(sandbox: Sandbox) -> str:
-    size, processes = sandbox.limits.memory // 2, sandbox.limits.processes - 1
-    source = f"""
-import os, time
-for _ in range({processes - 1}):
-    if os.fork() == 0: break
-data = bytearray({size})
-for place in range(0, {size}, 4096): data[place] = 1
-time.sleep(1)
-print("full")
-"""
-    outcome = _outcome(sandbox, source)
-    return "" if outcome.kind == "memory" else f"{outcome.describe()}, printed {outcome.stdout!r}"
+    return _fills_from_all(sandbox, "bytearray(size)")
 
 
 def _fills_shared_memory(sandbox: Sandbox) -> str:
+    return _fills_from_all(sandbox, "mmap.mmap(-1, size)")
+
+
+def _fills_from_all(sandbox: Sandbox, memory: str) -> str:
+    """Half of the memory that all may have, in each of as many processes as there may be."""
     size, processes = sandbox.limits.memory // 2, sandbox.limits.processes - 1
     source = f"""
 import mmap, os, time
 for _ in range({processes - 1}):
     if os.fork() == 0: break
-data = mmap.mmap(-1, {size})
-for place in range(0, {size}, 4096): data[place] = 1
+size = {size}
+data = {memory}
+for place in range(0, size, 4096): data[place] = 1
 time.sleep(1)
 print("full")
 """

@@ -99,17 +99,17 @@ def doctor(
     name: Positional[Annotated[str, arg(metavar="[NAME]", help="Of a launch.")]] = "",
     /,
     *,
-    tpu: Annotated[str, arg(help="Without a name: the hardware to look for.")] = "v6e-8",
+    tpu: Annotated[str, arg(help="Without a name: the hardware to look for, v6e-8 unless given.")] = "",
     zone: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="ZONE", help="And where.")]] = (),
     spot: Annotated[bool, arg(help="And with which quota.")] = False,
     project: str = "",
 ) -> None:
-    """Check this machine and, with a name or a zone, what a launch needs; it ends with 1 if one is wrong.
+    """Check this machine or, with a name or any option, what a launch needs; it ends with 1 if something is wrong.
 
     This machine: devices, the TPU compiler, and what the sandbox withstands (`posttrain sandbox` tells more). A launch:
     account, API, hardware, quota, run folder, hosts.
     """
-    if not name and not zone:
+    if not (name or tpu or zone or spot or project):
         from .. import checkup  # which imports JAX: help does not wait for it
 
         if not _shown(checkup.checks()):
@@ -123,7 +123,7 @@ def doctor(
             recipe="",
             words=(),
             out="/",
-            tpu=tpu,
+            tpu=tpu or "v6e-8",
             zones=tuple(zone),
             project=project or session.default_project(),
             capacity=capacity,

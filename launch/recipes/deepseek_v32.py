@@ -27,7 +27,7 @@ from ...data.conversations import Rows
 from ...data.filters import duplicates, outcome
 from ...data.filters.funnel import Filter
 from ...data.task import TaskSource
-from ...data.tasks import Mixture
+from ...data.tasks import Mixture, parts
 from ...train.answers import Local
 from ...train.convert import Convert
 from ...train.curate import Curate
@@ -60,7 +60,7 @@ def recipe(
             with.
     """
     scale = engine_scales.SCALES[base]
-    prompts, held_out = engine_scales.parts(scale.domains)
+    prompts, held_out = parts(*scale.domains)
 
     def score(name: str, model: str) -> str:
         return run(f"eval-{name}", Evaluate(model=model, tasks=held_out, **scale.evaluate))

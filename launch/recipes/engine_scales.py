@@ -1,5 +1,5 @@
 """What the recipes that generate their data (`olmo3`, `deepseek_v32`, `rejection`) share: sizes for each base model,
-the parts of the tasks, and the filters that every answer has to pass.
+and the filters that every answer has to pass.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 from ...data.filters import contamination, outcome, repetition
 from ...data.filters.funnel import Filter
 from ...data.task import TaskSource
-from ...data.tasks import Mixture, Split
+from ...data.tasks import Mixture
 from ...model.config import PUBLISHED
 from ...model.processing import Sampling
 from ...train.optimizer import AdamW
@@ -19,14 +19,6 @@ from ...train.rl import RL
 from ...train.sft import SFT
 from . import mopd_scales
 from .mopd_scales import LARGE_COMPUTE, LARGE_SAMPLING, SMOLLM2_COMPUTE, TINY_COMPUTE
-
-HELD_OUT = 0.3
-
-
-def parts(domains: Sequence[TaskSource]) -> tuple[tuple[Split, ...], tuple[Split, ...]]:
-    """The prompts to learn from and those held out to evaluate on, of each domain."""
-    train = tuple(Split(source=one, part="train", fraction=HELD_OUT) for one in domains)
-    return train, tuple(Split(source=one, part="held_out", fraction=HELD_OUT) for one in domains)
 
 
 def sound(held_out: tuple[TaskSource, ...]) -> tuple[Filter, ...]:

@@ -13,6 +13,7 @@ from ...model.config import PUBLISHED
 from ...model.processing import Sampling
 from ...train.compute import Compute
 from ...train.optimizer import AdamW
+from .mopd_scales import LARGE_COMPUTE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,6 @@ TINY = Scale(
     kl_weight=0.5,  # with 0.2 PPO finds within 15 steps what the reward model is wrong about
     evaluate={"limit": 128, "sampling": Sampling(max_tokens=8, temperature=0.0), "compute": TINY_COMPUTE},
 )
-LARGE_COMPUTE = Compute(row_tokens=4096, micro_rows=64, slots=512, remat="full", save_every=20)
 LARGE = Scale(
     domains=(Instructions(), Arithmetic(digits=3, operations=("+", "-", "*"))),
     weights=(1.0, 1.0),

@@ -21,7 +21,7 @@ from typing import Literal
 
 from ...data.conversations import Demonstrations
 from ...data.preferences import Rankings
-from ...data.tasks import Mixture, Split
+from ...data.tasks import Mixture, parts
 from ...train.compare import RANKINGS, Compare
 from ...train.evaluate import Evaluate
 from ...train.ppo import PPO, Objective, Ptx
@@ -32,7 +32,6 @@ from ..comparison import Comparison, Entry
 from ..recipe import Run
 from . import feedback_scales
 
-HELD_OUT = 0.3
 K = 9  # the most answers to a prompt that are ranked; the paper has 4 to 9
 
 
@@ -52,10 +51,7 @@ def recipe(
             paper, and 0.5 for "tiny".
     """
     scale = feedback_scales.SCALES[base]
-    train, held_out = (
-        tuple(Split(source=source, part=part, fraction=HELD_OUT) for source in scale.domains)
-        for part in ("train", "held_out")
-    )
+    train, held_out = parts(*scale.domains)
     mixed = Mixture(sources=train, weights=scale.weights, size=scale.demonstrations)
     shown, prompts = Demonstrations(tasks=mixed), train[0]
 
@@ -65,7 +61,7 @@ def recipe(
     sft = run("sft", SFT(start=base, data=shown, **scale.sft))
     entries = [Entry("sft", score("sft", sft), ())]
 
-    labelled = Split(source=scale.labelled, part="train", fraction=HELD_OUT)
+    (labelled,), _ = parts(scale.labelled)
     compared = run("comparisons", Compare(models=(sft,), tasks=labelled, samples=K, **scale.compare))
     ranked = Rankings(paths=(f"{compared}/{RANKINGS}",))
     judge = run(

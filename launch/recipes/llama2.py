@@ -19,7 +19,7 @@ from typing import Literal
 
 from ...data.conversations import Demonstrations, Files
 from ...data.preferences import Rankings
-from ...data.tasks import Mixture, Split
+from ...data.tasks import Mixture, parts
 from ...train.compare import BEST, RANKINGS, Compare
 from ...train.evaluate import Evaluate
 from ...train.ppo import PPO, Objective
@@ -30,7 +30,6 @@ from ..comparison import Comparison, Entry
 from ..recipe import Run
 from . import feedback_scales
 
-HELD_OUT = 0.3
 RANKED, SAMPLED = 4, 8  # answers to a prompt: that labellers rank, that the best is taken of
 
 
@@ -54,17 +53,15 @@ def recipe(
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}: PPO needs the reward models of at least one round")
     scale = feedback_scales.SCALES[base]
-    train, held_out = (
-        tuple(Split(source=source, part=part, fraction=HELD_OUT) for source in (*scale.domains, scale.unsafe))
-        for part in ("train", "held_out")
-    )
+    train, held_out = parts(*scale.domains, scale.unsafe)
     asked = train[0], train[-1]
     prompts = Mixture(sources=asked, weights=(1.0, 1.0), size=scale.compare["limit"])
     shown = (*scale.domains, *scale.shown_unsafe)
     weights = (*scale.weights, *(1 / len(scale.shown_unsafe),) * len(scale.shown_unsafe))
-    lessons = tuple(Split(source=source, part="train", fraction=HELD_OUT) for source in shown)
+    lessons, _ = parts(*shown)
     mixed = Mixture(sources=lessons, weights=weights, size=scale.demonstrations)
-    labellers = {"safe": asked[1], "helpful": Split(source=scale.labelled, part="train", fraction=HELD_OUT)}
+    (labelled,), _ = parts(scale.labelled)
+    labellers = {"safe": asked[1], "helpful": labelled}
 
     def score(name: str, model: str, made: tuple[str, ...]) -> Entry:
         tasks = held_out[0], held_out[-1]

@@ -11,8 +11,7 @@ Every model is then evaluated on held-out tasks of every domain.
 
 from typing import Literal
 
-from ...data.task import TaskSource
-from ...data.tasks import Mixture, Split
+from ...data.tasks import Mixture, parts
 from ...train import distill, merge, teaching
 from ...train.convert import Convert
 from ...train.evaluate import Evaluate
@@ -42,8 +41,8 @@ def recipe(
         outcome: weight of the outcome advantage beside the teacher's term.
     """
     scale = mopd_scales.SCALES[base]
-    train = {source.domain: _part(source, "train") for source in scale.domains}
-    held_out = tuple(_part(source, "held_out") for source in scale.domains)
+    prompts, held_out = parts(*scale.domains)
+    train = {tasks.domain: tasks for tasks in prompts}
     forms = ["full", "sampled"] if objective == "both" else [objective or "full"]
     if objective is None and base == "tiny":
         forms = ["full", "sampled"]
@@ -51,7 +50,7 @@ def recipe(
     def score(name: str, model: str) -> str:
         return run(f"eval-{name}", Evaluate(model=model, tasks=held_out, **scale.evaluate))
 
-    start = run("start", scale.start(tuple(train.values())) if scale.start else Convert(source=base))
+    start = run("start", scale.start(prompts) if scale.start else Convert(source=base))
     entries = [Entry("start", score("start", start), ())]
 
     specialists: dict[str, str] = {}
@@ -65,7 +64,7 @@ def recipe(
         merged = run(f"merge-{name}", stage)
         entries.append(Entry(f"merge-{name}", score(name, merged), (merged,)))
 
-    mixed = Mixture(sources=tuple(train.values()), weights=(1.0,) * len(train), size=scale.mixture)
+    mixed = Mixture(sources=prompts, weights=(1.0,) * len(prompts), size=scale.mixture)
     for form in forms:
         student = run(
             f"mopd-{form}",
@@ -83,7 +82,3 @@ def recipe(
         entries=tuple(entries),
         teachers={domain: f"specialist-{domain}" for domain in specialists},
     )
-
-
-def _part(source: TaskSource, part: Literal["train", "held_out"]) -> Split:
-    return Split(source=source, part=part, fraction=0.3)

@@ -26,6 +26,7 @@ from ...data.endpoint import Endpoint
 from ...data.filters import outcome, wording
 from ...data.filters.funnel import Filter
 from ...data.task import TaskSource
+from ...data.tasks import parts
 from ...train import merge
 from ...train.answers import Local
 from ...train.convert import Convert
@@ -71,7 +72,7 @@ def recipe(
         seeds: how often the models are trained, on other orders of the data; unless told 3 for "tiny", else 1.
     """
     scale = engine_scales.SCALES[base]
-    prompts, held_out = engine_scales.parts(scale.domains)
+    prompts, held_out = parts(*scale.domains)
     seeds = (3 if base == "tiny" else 1) if seeds is None else seeds
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}: train with at least one")

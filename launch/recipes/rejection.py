@@ -19,6 +19,7 @@ from typing import Literal
 from ...data.conversations import Rows
 from ...data.filters import outcome
 from ...data.preferences import Paired
+from ...data.tasks import parts
 from ...train.answers import Local
 from ...train.convert import Convert
 from ...train.curate import BestAndWorst, Curate, Pair
@@ -46,7 +47,7 @@ def recipe(
         rounds: how often the model answers.
     """
     scale = engine_scales.SCALES[base]
-    prompts, held_out = engine_scales.parts(scale.domains)
+    prompts, held_out = parts(*scale.domains)
     winning = (*engine_scales.sound(held_out), outcome.ShortestCorrect(count=1))
 
     def score(name: str, model: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Literal
 
-from ...data.tasks import Split
+from ...data.tasks import parts
 from ...model.processing import Sampling
 from ...train import objective as objectives
 from ...train.compute import Compute
@@ -62,7 +62,7 @@ def recipe(
         slots: answers generated at a time.
     """
     compute = Compute(row_tokens=row_tokens, micro_rows=micro_rows, slots=slots, remat="full")
-    train, held_out = (Split(source=source(tasks), part=part, fraction=0.3) for part in ("train", "held_out"))
+    (train,), held_out = parts(source(tasks))
     stage = RL(
         start=model,
         tasks=train,
@@ -77,7 +77,7 @@ def recipe(
     greedy = Sampling(max_tokens=max_tokens, temperature=0.0)
 
     def score(name: str, of: str) -> str:
-        return run(f"eval-{name}", Evaluate(model=of, tasks=(held_out,), sampling=greedy, limit=slots, compute=compute))
+        return run(f"eval-{name}", Evaluate(model=of, tasks=held_out, sampling=greedy, limit=slots, compute=compute))
 
     entries = [Entry("start", score("start", model), ())]
     trained = run("rl", stage)

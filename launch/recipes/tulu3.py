@@ -18,7 +18,7 @@ from typing import Literal
 
 from ...data.conversations import Demonstrations
 from ...data.preferences import Rankings
-from ...data.tasks import Mixture, Split
+from ...data.tasks import Mixture, parts
 from ...train.compare import RANKINGS, Compare
 from ...train.evaluate import Evaluate
 from ...train.ppo import PPO, Objective
@@ -29,7 +29,6 @@ from ..comparison import Comparison, Entry
 from ..recipe import Run
 from . import feedback_scales
 
-HELD_OUT = 0.3
 ANSWERS = 4  # to a prompt, over all models of the pool
 
 
@@ -48,10 +47,7 @@ def recipe(
         kl_weight: what a token pays for leaving the DPO model, in nats of its log ratio; a right answer earns 1.
     """
     scale = feedback_scales.SCALES[base]
-    train, held_out = (
-        tuple(Split(source=source, part=part, fraction=HELD_OUT) for source in scale.domains)
-        for part in ("train", "held_out")
-    )
+    train, held_out = parts(*scale.domains)
     mixed = Mixture(sources=train, weights=scale.weights, size=scale.demonstrations)
     prompts = train[0]
 
@@ -64,7 +60,7 @@ def recipe(
     entries = [score("sft", sft)]
 
     weaker = run("weaker", SFT(start=base, data=Demonstrations(tasks=mixed), **scale.weaker))
-    labelled = Split(source=scale.labelled, part="train", fraction=HELD_OUT)
+    (labelled,), _ = parts(scale.labelled)
     pool = (sft, weaker)
     compared = run("preferences", Compare(models=pool, tasks=labelled, samples=ANSWERS // len(pool), **scale.compare))
     preferences = Rankings(paths=(f"{compared}/{RANKINGS}",))
