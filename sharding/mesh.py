@@ -118,6 +118,49 @@ def per_device(function: Callable[..., jax.Array], *axes: rules.LogicalAxes) -> 
     return call
 
 
+def summed_per_device(
+    function: Callable[..., jax.Array], *axes: rules.LogicalAxes, whole: Sequence[str], over: Sequence[str]
+) -> Callable[..., jax.Array]:
+    """As `per_device`, for a `function` that makes a part of a sum of each device's parts of a contracted axis.
+
+    Args:
+        function: what one device computes; without a mesh set by `jax.set_mesh`, what is computed.
+        axes: the logical axes of each argument.
+        whole: logical axes that each device gathers before it computes. Their gradients are scattered, then summed.
+        over: logical axes over whose parts the result is summed.
+    """
+
+    def call(*arguments: jax.Array) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return function(*arguments)
+        specs = tuple(rules.spec(names, x.shape, mesh) for names, x in zip(axes, arguments, strict=True))
+        lies = [
+            dict(zip(names, rules.split(names, x.shape, mesh), strict=True))
+            for names, x in zip(axes, arguments, strict=True)
+        ]
+        used = {axis for where in lies for parts in where.values() for axis in parts}
+        summed = {axis for where in lies for name in over for axis in where.get(name, ())}
+        alike = used - summed - {axis for parts in lies[0].values() for axis in parts}
+
+        def local(*arrays: jax.Array) -> jax.Array:
+            out = function(*(gathered(*one) for one in zip(arrays, axes, lies, strict=True)))
+            out = jax.lax.psum(out, tuple(summed)) if summed else out
+            return jax.lax.pmean(out, tuple(alike)) if alike else out
+
+        def gathered(x: jax.Array, names: rules.LogicalAxes, where: dict[str | None, tuple[str, ...]]) -> jax.Array:
+            if others := used - {axis for parts in where.values() for axis in parts}:
+                x = jax.lax.pcast(x, tuple(others), to="varying")  # first, so gradients are summed after the scatter
+            for name in whole:
+                if parts := where.get(name):
+                    x = jax.lax.all_gather(x, parts, axis=names.index(name), tiled=True)
+            return x
+
+        return jax.shard_map(local, in_specs=specs, out_specs=specs[0])(*arguments)
+
+    return call
+
+
 def platform() -> str:
     """What a program traced now will run on: the platform of the mesh set by `jax.set_mesh`, else JAX's default.
 
