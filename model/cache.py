@@ -9,6 +9,7 @@ from .config import ModelConfig
 
 AXES = ("layers", "batch", "kv_heads", None, "head_dim")
 EXPERT_AXES = ("layers", "batch", None, None)
+Buffer = Array | tuple[Array, ...]
 
 
 class Cache(NamedTuple):
@@ -41,10 +42,11 @@ def empty(config: ModelConfig, batch: int, slots: int) -> Cache:
 def axes(cache: Cache) -> Cache:
     """The logical axes of every array, in the cache's own tree."""
 
-    def of(part: Array | tuple[Array, ...] | None, names: tuple[str | None, ...]) -> Any:
-        return tuple(names[1:] for _ in part) if isinstance(part, tuple) else part if part is None else names
+    def of(part: Buffer, names: tuple[str | None, ...]) -> Any:
+        return tuple(names[1:] for _ in part) if isinstance(part, tuple) else names
 
-    return Cache(of(cache.key, AXES), of(cache.value, AXES), of(cache.experts, EXPERT_AXES))
+    experts = None if cache.experts is None else of(cache.experts, EXPERT_AXES)
+    return Cache(of(cache.key, AXES), of(cache.value, AXES), experts)
 
 
 def read(cache: Cache, layer: Int[Array, ""] | int) -> tuple[Float[Array, "B N S K"], Float[Array, "B N S K"]]:
@@ -62,28 +64,35 @@ def write(
 
     Positions at or past the last slot are dropped.
     """
-    rows = jnp.arange(positions.shape[0])[:, None]
-
-    def put(buffer: Array | tuple[Array, ...], values: Array) -> Array | tuple[Array, ...]:
-        if isinstance(buffer, tuple):
-            one = buffer[layer].at[rows, :, positions].set(values.astype(buffer[layer].dtype), mode="drop")
-            return (*buffer[:layer], one, *buffer[layer + 1 :])
-        return buffer.at[layer, rows, :, positions].set(values.astype(buffer.dtype), mode="drop")
-
-    return cache._replace(key=put(cache.key, new[0]), value=put(cache.value, new[1]))
+    where = jnp.arange(positions.shape[0])[:, None], slice(None), positions
+    return cache._replace(
+        key=_put(cache.key, layer, where, new[0]),
+        value=_put(cache.value, layer, where, new[1]),
+    )
 
 
 def note(
     cache: Cache, layer: Int[Array, ""] | int, positions: Int[Array, "B T"], experts: Int[Array, "B T k"]
 ) -> Cache:
     """Put down which experts some positions went to in one layer; positions as for `write`."""
-    rows, buffer = jnp.arange(positions.shape[0])[:, None], cache.experts
+    if cache.experts is None:
+        return cache
+    where = jnp.arange(positions.shape[0])[:, None], positions
+    return cache._replace(experts=_put(cache.experts, layer, where, experts))
+
+
+def _put(buffer: Buffer, layer: Int[Array, ""] | int, where: tuple[Any, ...], values: Array) -> Buffer:
     if isinstance(buffer, tuple):
-        one = buffer[layer].at[rows, positions].set(experts.astype(buffer[layer].dtype), mode="drop")
-        return cache._replace(experts=(*buffer[:layer], one, *buffer[layer + 1 :]))
-    return cache._replace(experts=buffer.at[layer, rows, positions].set(experts.astype(buffer.dtype), mode="drop"))
+        one = buffer[layer].at[where].set(values.astype(buffer[layer].dtype), mode="drop")
+        return (*buffer[:layer], one, *buffer[layer + 1 :])
+    return buffer.at[(layer, *where)].set(values.astype(buffer.dtype), mode="drop")
 
 
 def unstack(cache: Cache) -> Cache:
     """The same cache with a tuple of layers, as `apply` wants it beside unstacked weights."""
-    return Cache(*(None if part is None else tuple(part[layer] for layer in range(len(part))) for part in cache))
+
+    def layers(part: Buffer) -> tuple[Array, ...]:
+        return tuple(part[layer] for layer in range(len(part)))
+
+    experts = None if cache.experts is None else layers(cache.experts)
+    return Cache(layers(cache.key), layers(cache.value), experts)

@@ -136,6 +136,7 @@ TINY = ModelConfig(
     vocab_size=384, embed_dim=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=352,
     tie_embeddings=True, context=256,
 )  # fmt: skip
+TINY_MOE = TINY.replace(mlp_dim=96, num_experts=8, experts_per_token=2, norm_topk_prob=True, qk_norm=True)
 SMOLLM2_135M = ModelConfig(
     vocab_size=49_152, embed_dim=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536,
     rope_theta=100_000.0, tie_embeddings=True, context=8192, bos_id=1, eos_ids=(2,), pad_id=2,
@@ -157,6 +158,8 @@ QWEN_3_30B_A3B = ModelConfig(
     num_experts=128, experts_per_token=8, norm_topk_prob=True, qk_norm=True, rope_theta=1_000_000.0, norm_eps=1e-6,
     context=40_960, bos_id=151_643, eos_ids=(151_645, 151_643),
 )  # fmt: skip
+ON_THE_SPOT = {"tiny": TINY, "tiny-moe": TINY_MOE}
+"""Random models that are made where one is asked for by name, with a byte-level tokenizer."""
 PUBLISHED = {
     "llama3.1-8b": LLAMA_31_8B, "qwen2.5-32b": QWEN_25_32B, "llama3.1-70b": LLAMA_31_70B,
     "qwen3-30b-a3b": QWEN_3_30B_A3B,

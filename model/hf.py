@@ -202,7 +202,7 @@ def _host_tensor(params: Params, entry: Entry, dtype: str) -> np.ndarray:
     leaf: Any = params
     for key in entry.path:
         leaf = leaf[key]
-    piece = leaf[entry.index] if entry.index else leaf
+    piece = leaf[entry.at] if entry.at else leaf
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         piece = _gather(piece.astype(dtype), leaf.sharding)
     array = np.asarray(piece).astype(jnp.dtype(dtype))

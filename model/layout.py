@@ -23,7 +23,7 @@ class Entry(NamedTuple):
     """One tensor of a file: which parameter, its layer (and expert) if it is stacked here, and its shape there."""
 
     path: tuple[str, ...]
-    index: tuple[int, ...]
+    at: tuple[int, ...]
     shape: tuple[int, ...]
 
 
