@@ -40,9 +40,9 @@ def empty(config: ModelConfig, batch: int, slots: int) -> Cache:
 
 
 def axes(cache: Cache) -> Cache:
-    """The logical axes of every array, in the cache's own tree."""
+    """The logical axes of every array (which may be abstract), in the cache's own tree."""
 
-    def of(part: Buffer, names: tuple[str | None, ...]) -> Any:
+    def of(part: Any, names: tuple[str | None, ...]) -> Any:
         return tuple(names[1:] for _ in part) if isinstance(part, tuple) else names
 
     experts = None if cache.experts is None else of(cache.experts, EXPERT_AXES)
