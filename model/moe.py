@@ -7,6 +7,8 @@ own: it sees the tokens of its whole expert axis, gathers what the fsdp axis spl
 the experts of several devices make of a token is summed.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -84,8 +86,24 @@ def _mix(
     order = jnp.argsort(jnp.where(here, place, num))
     sizes = jnp.sum(place[:, None] == jnp.arange(num)[None, :], axis=0, dtype=jnp.int32)
     grouped = here[order][:, None]
-    rows = jnp.where(grouped, x.reshape(-1, x.shape[-1])[order // k], 0)
+    back = jnp.argsort(order)
+    rows = jnp.where(grouped, _ordered(x.reshape(-1, x.shape[-1]), order, back, k), 0)
     hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
     out = jnp.where(grouped, jax.lax.ragged_dot(hidden, down, sizes), 0)
-    out = out[jnp.argsort(order)].reshape(*chosen.shape, -1)
+    out = _ordered(out, back, order, 1).reshape(*chosen.shape, -1)
     return jnp.einsum("btkd,btk->btd", out, weights)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _ordered(x: Float[Array, "N D"], order: Int[Array, " Nk"], back: Int[Array, " Nk"], k: int) -> Float[Array, "Nk D"]:
+    """Every row of `x` k times over, in an order whose inverse is `back`.
+
+    Its derivative is the way back, another gather, where that which JAX derives scatters row by row.
+    """
+    return x[order // k]
+
+
+_ordered.defvjp(
+    lambda x, order, back, k: (x[order // k], back),
+    lambda k, back, gradient: (gradient[back].reshape(-1, k, gradient.shape[-1]).sum(axis=1), None, None),
+)
