@@ -7,8 +7,6 @@ own: it sees the tokens of its whole expert axis, gathers what the fsdp axis spl
 the experts of several devices make of a token is summed.
 """
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -40,8 +38,9 @@ class Moe(nn.Module):
         """What experts make of each token, and which they were: `chosen`, or without it the router's choice."""
         c = self.config
         init = nn.initializers.normal(c.init_std)
-        router = self.param("router", init, (c.embed_dim, c.num_experts)).astype(x.dtype)
+        router = meshes.constrain(self.param("router", init, (c.embed_dim, c.num_experts)).astype(x.dtype), None, None)
         logits = jnp.einsum("btd,de->bte", x, router, preferred_element_type=jnp.float32)
+        logits = meshes.constrain(logits, "batch", "length", None)
         if chosen is None:
             chosen = jax.lax.top_k(logits, c.experts_per_token)[1]
         inward, outward = (c.num_experts, c.embed_dim, c.mlp_dim), (c.num_experts, c.mlp_dim, c.embed_dim)
@@ -94,8 +93,9 @@ def _mix(
     return jnp.einsum("btkd,btk->btd", out, weights)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _ordered(x: Float[Array, "N D"], order: Int[Array, " Nk"], back: Int[Array, " Nk"], k: int) -> Float[Array, "Nk D"]:
+def _repeated(
+    x: Float[Array, "N D"], order: Int[Array, " Nk"], back: Int[Array, " Nk"], k: int
+) -> Float[Array, "Nk D"]:
     """Every row of `x` k times over, in an order whose inverse is `back`.
 
     Its derivative is the way back, another gather, where that which JAX derives scatters row by row.
@@ -103,6 +103,7 @@ def _ordered(x: Float[Array, "N D"], order: Int[Array, " Nk"], back: Int[Array, 
     return x[order // k]
 
 
+_ordered = jax.custom_vjp(_repeated, nondiff_argnums=(3,))
 _ordered.defvjp(
     lambda x, order, back, k: (x[order // k], back),
     lambda k, back, gradient: (gradient[back].reshape(-1, k, gradient.shape[-1]).sum(axis=1), None, None),

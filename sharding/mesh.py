@@ -1,7 +1,7 @@
 """Device meshes, and how trees of arrays lie on them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -135,30 +135,43 @@ def summed_per_device(
         if mesh.empty or mesh.size == 1:
             return function(*arguments)
         specs = tuple(rules.spec(names, x.shape, mesh) for names, x in zip(axes, arguments, strict=True))
-        lies = [
+        places = [
             dict(zip(names, rules.split(names, x.shape, mesh), strict=True))
             for names, x in zip(axes, arguments, strict=True)
         ]
-        used = {axis for where in lies for parts in where.values() for axis in parts}
-        summed = {axis for where in lies for name in over for axis in where.get(name, ())}
-        alike = used - summed - {axis for parts in lies[0].values() for axis in parts}
+        own = [{axis for parts in place.values() for axis in parts} for place in places]
+        used = set().union(*own)
+        summed = {axis for place in places for name in over for axis in place.get(name, ())}
 
-        def local(*arrays: jax.Array) -> jax.Array:
-            out = function(*(gathered(*one) for one in zip(arrays, axes, lies, strict=True)))
-            out = jax.lax.psum(out, tuple(summed)) if summed else out
-            return jax.lax.pmean(out, tuple(alike)) if alike else out
+        def in_order(chosen: set[str]) -> tuple[str, ...]:  # the same on every host, which a set is not
+            return tuple(axis for axis in mesh.axis_names if axis in chosen)
 
-        def gathered(x: jax.Array, names: rules.LogicalAxes, where: dict[str | None, tuple[str, ...]]) -> jax.Array:
-            if others := used - {axis for parts in where.values() for axis in parts}:
-                x = jax.lax.pcast(x, tuple(others), to="varying")  # first, so gradients are summed after the scatter
-            for name in whole:
-                if parts := where.get(name):
-                    x = jax.lax.all_gather(x, parts, axis=names.index(name), tiled=True)
-            return x
+        def local(*parts: jax.Array) -> jax.Array:
+            parts = tuple(
+                _gathered(_varying(x, in_order(used - mine)), names, place, whole)
+                for x, mine, names, place in zip(parts, own, axes, places, strict=True)
+            )
+            out = jax.lax.psum(function(*parts), in_order(summed)) if summed else function(*parts)
+            alike = in_order(used - summed - own[0])  # devices that have all computed the same
+            return jax.lax.pmean(out, alike) if alike else out
 
         return jax.shard_map(local, in_specs=specs, out_specs=specs[0])(*arguments)
 
     return call
+
+
+def _varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`x`, of which each device along these axes has a gradient of its own. Before a gather: else whole ones add up."""
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
+def _gathered(
+    x: jax.Array, names: rules.LogicalAxes, place: Mapping[str | None, tuple[str, ...]], whole: Sequence[str]
+) -> jax.Array:
+    for name in whole:
+        if parts := place.get(name):
+            x = jax.lax.all_gather(x, parts, axis=names.index(name), tiled=True)
+    return x
 
 
 def platform() -> str:

@@ -15,6 +15,7 @@ from posttrain import model
 from posttrain.model import attention, cache, hf, hf_config, layout, transformer
 from posttrain.model.config import QWEN_3_30B_A3B
 from posttrain.sharding import mesh as meshes
+from posttrain.train.optimizer import Muon
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = model.ModelConfig(
@@ -177,3 +178,19 @@ def test_given_experts_and_no_others_are_taken_also_by_rows_that_do_not_divide_o
     assert learned == [True] + [False] * (CONFIG.num_experts - 1)
     with pytest.raises(ValueError, match="the model is dense"):
         jax.eval_shape(partial(logp_and_gradient, config=CONFIG.replace(num_experts=0)), params, *batch, only)
+
+
+def test_muon_orthogonalises_every_expert_by_itself():
+    rng = np.random.default_rng(0)
+    optimizer = Muon(learning_rate=0.1).build(10)
+    kernels = {"experts_up": (2, 3, 16, 24), "experts_down": (2, 3, 24, 16)}
+    weights, gradient = ({name: jnp.asarray(rng.normal(size=x)) for name, x in kernels.items()} for _ in range(2))
+
+    def step(gradient, weights):
+        return optimizer.update(gradient, optimizer.init(weights), weights)[0]
+
+    def of(tree, expert):
+        return {name.removeprefix("experts_"): x[:, expert] for name, x in tree.items()}
+
+    together, alone = step(gradient, weights), step(of(gradient, 1), of(weights, 1))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), of(together, 1), alone)
