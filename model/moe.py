@@ -38,9 +38,11 @@ class Moe(nn.Module):
         """What experts make of each token, and which they were: `chosen`, or without it the router's choice."""
         c = self.config
         init = nn.initializers.normal(c.init_std)
-        router = meshes.constrain(self.param("router", init, (c.embed_dim, c.num_experts)).astype(x.dtype), None, None)
-        logits = jnp.einsum("btd,de->bte", x, router, preferred_element_type=jnp.float32)
-        logits = meshes.constrain(logits, "batch", "length", None)
+        router = self.param("router", init, (c.embed_dim, c.num_experts)).astype(x.dtype)
+        score = meshes.summed_per_device(
+            _score, ("batch", "length", None), PARAM_AXES["router"], whole=("embed",), over=()
+        )
+        logits = score(x, router)
         if chosen is None:
             chosen = jax.lax.top_k(logits, c.experts_per_token)[1]
         inward, outward = (c.num_experts, c.embed_dim, c.mlp_dim), (c.num_experts, c.mlp_dim, c.embed_dim)
@@ -67,6 +69,10 @@ def gates(logits: Float[Array, "B T E"], chosen: Int[Array, "B T k"], *, normali
     if normalised:
         return jax.nn.softmax(scores, axis=-1)
     return jnp.exp(scores - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+
+
+def _score(x: Float[Array, "B T D"], router: Float[Array, "D E"]) -> Float[Array, "B T E"]:
+    return jnp.einsum("btd,de->bte", x, router, preferred_element_type=jnp.float32)
 
 
 def _mix(
