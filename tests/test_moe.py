@@ -12,6 +12,7 @@ import transformers
 from safetensors.numpy import load_file
 
 from posttrain import model
+from posttrain.launch import cost
 from posttrain.model import attention, cache, hf, hf_config, layout, transformer
 from posttrain.model.config import QWEN_3_30B_A3B
 from posttrain.sharding import mesh as meshes
@@ -194,3 +195,20 @@ def test_muon_orthogonalises_every_expert_by_itself():
 
     together, alone = step(gradient, weights), step(of(gradient, 1), of(weights, 1))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), of(together, 1), alone)
+
+
+def test_a_plan_counts_the_products_of_a_tokens_own_experts_wherever_they_lie(batch):
+    rows = [np.concatenate([one, one]) for one in batch]
+
+    def flops(config):
+        traced = jax.make_jaxpr(partial(logp_and_gradient, config=config))
+        return cost.matmul_flops(traced(transformer.abstract_params(config), *rows))
+
+    mixture, narrow = flops(CONFIG), CONFIG.replace(num_experts=0, mlp_dim=CONFIG.experts_per_token * CONFIG.mlp_dim)
+    one = (
+        3 * CONFIG.num_layers * 2 * rows[0].size * CONFIG.embed_dim
+    )  # a product with a vector, and its two derivatives
+    gates = one * CONFIG.experts_per_token
+    assert mixture == flops(narrow) + one * CONFIG.num_experts + gates
+    with jax.set_mesh(meshes.make_mesh(data=1, fsdp=2, expert=4)):
+        assert flops(CONFIG) == mixture + 3 * gates  # which every device of the expert axis applies
