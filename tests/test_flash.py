@@ -10,7 +10,6 @@ import pytest
 
 from posttrain.model import attention, flash
 
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 GROUP = attention.BRANCHES
 PACKED = {
     "one conversation": [GROUP] * 40,
@@ -57,7 +56,7 @@ def with_gradients(attend, inputs, segments):
         out = attend(*inputs, segments)
         return jnp.sum(out.astype(jnp.float32) * cotangent), out
 
-    (_, out), gradients = jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))(*inputs)
+    (_, out), gradients = jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))(*inputs)
     return out, *gradients
 
 

@@ -234,8 +234,7 @@ LOSSES = {
 }
 
 
-# Compiled with little optimisation: it runs for milliseconds.
-@partial(jax.jit, static_argnames="names", compiler_options={"xla_backend_optimization_level": 0})
+@partial(jax.jit, static_argnames="names")
 def totals_and_gradients(trained, fixed, names=tuple(LOSSES)):
     """Per loss its sum, its weight, and the sum's gradient with respect to each trained array."""
 
