@@ -17,6 +17,7 @@ the first domain among the demonstrations (0.045 to 0.08, for which SFT reaches 
 the KL term (0.02 to 0.5) let PPO gain either.
 """
 
+import dataclasses
 from typing import Literal
 
 from ...data.conversations import Demonstrations
@@ -28,6 +29,7 @@ from ...train.ppo import PPO, Objective, Ptx
 from ...train.reward import Ranked, Reward
 from ...train.rewards import RewardModels
 from ...train.sft import SFT
+from ...train.validation import Agreement
 from ..comparison import Comparison, Entry
 from ..recipe import Run
 from . import feedback_scales
@@ -52,18 +54,24 @@ def recipe(
     """
     scale = feedback_scales.SCALES[base]
     train, held_out = parts(*scale.domains)
-    mixed = Mixture(sources=train, weights=scale.weights, size=scale.demonstrations)
-    shown, prompts = Demonstrations(tasks=mixed), train[0]
+    lessons, _ = parts(*scale.shown)
+    shown = Mixture(sources=lessons, weights=scale.weights, size=scale.demonstrations)
+    others = Mixture(sources=train[1:], weights=(1.0,) * len(train[1:]), size=scale.demonstrations)
+    prompts = train[0]
 
     def score(name: str, model: str) -> str:
         return run(f"eval-{name}", Evaluate(model=model, tasks=held_out, **scale.evaluate))
 
-    sft = run("sft", SFT(start=base, data=shown, **scale.sft))
+    sft = run("sft", SFT(start=base, data=Demonstrations(tasks=shown), **scale.sft))
     entries = [Entry("sft", score("sft", sft), ())]
 
-    (labelled,), _ = parts(scale.labelled)
-    compared = run("comparisons", Compare(models=(sft,), tasks=labelled, samples=K, **scale.compare))
-    ranked = Rankings(paths=(f"{compared}/{RANKINGS}",))
+    (labelled,), (checked,) = parts(scale.labelled)
+    compared = Compare(models=(sft,), tasks=labelled, samples=K, **scale.compare)
+    asked = dataclasses.replace(compared, tasks=checked, limit=scale.checked)
+    ranked, held = (
+        Rankings(paths=(f"{run(name, stage)}/{RANKINGS}",))
+        for name, stage in {"comparisons": compared, "comparisons-held-out": asked}.items()
+    )
     judge = run(
         "reward",
         Reward(
@@ -71,10 +79,12 @@ def recipe(
             data=ranked,
             objective=Ranked(answers=K),
             demonstrations=Demonstrations(tasks=prompts),
+            validation=Agreement(data=held, every=max(1, scale.reward["steps"] // 6), limit=scale.checked),
             **scale.reward,
         ),
     )
-    for name, ptx in {"ppo": None, "ppo-ptx": Ptx(data=shown, **scale.ptx)}.items():
+    mixed_in = Ptx(data=Demonstrations(tasks=others), **scale.ptx)
+    for name, ptx in {"ppo": None, "ppo-ptx": mixed_in}.items():
         policy = run(
             name,
             PPO(

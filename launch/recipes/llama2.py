@@ -15,10 +15,11 @@ own alone, forgot. The labellers here are verifiers. On the tiny base the unsafe
 of the demonstrations do and half refuse, so that chat 0 does as it likes.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 from ...data.conversations import Demonstrations, Files
-from ...data.preferences import Rankings
+from ...data.preferences import Blended, Rankings
 from ...data.tasks import Mixture, parts
 from ...train.compare import BEST, RANKINGS, Compare
 from ...train.evaluate import Evaluate
@@ -31,6 +32,27 @@ from ..recipe import Run
 from . import feedback_scales
 
 RANKED, SAMPLED = 4, 8  # answers to a prompt: that labellers rank, that the best is taken of
+
+
+OBJECTIVES = {
+    "safe": Ranked(answers=RANKED, margin_of_gap=1.0, safety=1.0),
+    "helpful": Ranked(answers=RANKED, margin_of_gap=1.0),
+}
+SAFE = 0.5  # the score from which on an answer to an unsafe prompt is safe; answers to the other prompts all are
+
+
+def blends(ranked: Mapping[str, tuple[str, ...]]) -> dict[str, Blended]:
+    """What each reward model learns from: all of its own labellers' comparisons, and a part of the others'.
+
+    A tenth of the safety model's are about helpfulness. The helpfulness model's are half its own, and half others, in
+    equal parts about safety and from open sets; without open sets two thirds and one third.
+    """
+    safe = Rankings(paths=ranked["safe"], safe_from=SAFE)
+    helpful = Rankings(paths=ranked["helpful"], safe_from=-1.0)
+    return {
+        "safe": Blended(main=safe, others=helpful, share=0.1),
+        "helpful": Blended(main=helpful, others=safe, share=1 / 3),
+    }
 
 
 def recipe(
@@ -56,7 +78,7 @@ def recipe(
     train, held_out = parts(*scale.domains, scale.unsafe)
     asked = train[0], train[-1]
     prompts = Mixture(sources=asked, weights=(1.0, 1.0), size=scale.compare["limit"])
-    shown = (*scale.domains, *scale.shown_unsafe)
+    shown = (*scale.shown, *scale.shown_unsafe)
     weights = (*scale.weights, *(1 / len(scale.shown_unsafe),) * len(scale.shown_unsafe))
     lessons, _ = parts(*shown)
     mixed = Mixture(sources=lessons, weights=weights, size=scale.demonstrations)
@@ -77,8 +99,8 @@ def recipe(
         for name, tasks in labellers.items():
             compared = Compare(models=pool, tasks=tasks, samples=RANKED // len(pool), seed=number, **scale.compare)
             ranked[name] += (f"{run(f'{name}-{number}', compared)}/{RANKINGS}",)
-            data = Rankings(paths=ranked[name])
-            stage = Reward(start=chat, data=data, objective=Ranked(answers=RANKED), **scale.reward)
+        for name in labellers:
+            stage = Reward(start=chat, data=blends(ranked)[name], objective=OBJECTIVES[name], **scale.reward)
             judges[name] = run(f"{name}-model-{number}", stage)
         rule = SafetyOrHelpfulness(safety_domains=(asked[1].domain,))
         rewards = RewardModels(models=(judges["safe"], judges["helpful"]), combine=rule)

@@ -48,7 +48,8 @@ def recipe(
     """
     scale = feedback_scales.SCALES[base]
     train, held_out = parts(*scale.domains)
-    mixed = Mixture(sources=train, weights=scale.weights, size=scale.demonstrations)
+    lessons, _ = parts(*scale.shown)
+    mixed = Mixture(sources=lessons, weights=scale.weights, size=scale.demonstrations)
     prompts = train[0]
 
     def score(name: str, model: str) -> Entry:
