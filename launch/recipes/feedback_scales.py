@@ -44,6 +44,7 @@ class Scale:
     rlvr: Mapping[str, Any]
     ptx: Mapping[str, Any] = field(default_factory=dict)
     kl_weight: float = 0.02
+    whitened_kl_weight: float = 0.01
     checked: int = 1024
     demonstrations: int = 4096
 
@@ -80,14 +81,15 @@ TINY = Scale(
     checked=256,
     reward={
         "steps": 360,
-        "batch_size": 24,
+        "batch_size": 48,  # with 24 the model agreed with 75% of held-out pairs where it now does with 90%
         "optimizer": AdamW(learning_rate=1e-3, schedule="cosine", final=0.1, warmup_steps=10),
         "compute": TINY_COMPUTE,
     },
     rejection={
         **TINY_SFT,
-        "steps": 60,
-        "optimizer": AdamW(learning_rate=1e-3, schedule="linear", warmup_steps=5),
+        "steps": 120,
+        # At 1e-3 it forgot so much that reward models made of it were worse.
+        "optimizer": AdamW(learning_rate=3e-4, schedule="linear", warmup_steps=5),
     },
     prefer={
         "steps": 60,
@@ -98,7 +100,8 @@ TINY = Scale(
     ppo=TINY_PPO,
     rlvr=TINY_PPO,
     ptx={"coefficient": 1.0, "batch_size": 24},
-    kl_weight=1.0,
+    kl_weight=1.0,  # a reward model's scores are some eight apart
+    whitened_kl_weight=0.1,
     evaluate={"limit": 256, "sampling": Sampling(max_tokens=8), "compute": TINY_COMPUTE},
     demonstrations=8192,
 )
