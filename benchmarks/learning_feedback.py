@@ -7,8 +7,8 @@
 
 Every stage of a recipe gets a seed of its run's own: orders of the data, answers, new heads. The first three print how
 many of the first domain's held-out answers are right for each model, and the other domains in further columns. `proxy`
-runs PPO from the reward model of `instructgpt` for longer, and under weaker KL terms, too
-(https://arxiv.org/abs/2210.10760).
+runs PPO for twice as long, with and without a KL term, from the reward model of `instructgpt` and from a weak one,
+which has seen an eighth of the prompts with four answers each (https://arxiv.org/abs/2210.10760).
 """
 
 import dataclasses
@@ -21,18 +21,22 @@ from typing import Annotated, Any, Literal
 import tyro
 from tiny_runs import HELD_OUT, Measured, Settings, seeds, slug
 
+from posttrain.data.preferences import Rankings
 from posttrain.data.tasks import parts
 from posttrain.launch.comparison import Comparison
 from posttrain.launch.recipe import Run, Stage, Training
 from posttrain.launch.recipes import feedback_scales, instructgpt, llama2, tulu3
 from posttrain.train import evaluate, metrics
+from posttrain.train.compare import RANKINGS, Compare
 from posttrain.train.ppo import PPO, Objective
+from posttrain.train.reward import Ranked, Reward
 from posttrain.train.rewards import RewardModels
 
 APART = 100
 """Between the seeds of two runs: recipes count up from a stage's own."""
 SCALE = feedback_scales.SCALES["tiny"]
-LONG, WEIGHTS = 60, (0.0, 0.1, 1.0)
+LONG, WEIGHTS = 60, (0.0, 1.0)
+WEAK: dict[str, Any] = {**SCALE.reward, "steps": 120, "batch_size": 24}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,7 @@ class Tried(Settings):
     """Run a recipe that learns from feedback with several seeds and print a Markdown table."""
 
     recipe: Annotated[Literal["instructgpt", "llama2", "tulu3", "proxy"], tyro.conf.Positional]
-    """Which recipe; "proxy": PPO for longer, from the reward model of the first."""
+    """Which recipe; "proxy": PPO for longer, from the first one's reward model and from a weak one."""
 
 
 def seeded(run: Training, seed: int) -> Run:
@@ -64,25 +68,25 @@ def whole(recipe: Callable[[Run], Comparison], run: Training, seed: int) -> Meas
 
 
 def proxy(run: Training, seed: int) -> Measured:
-    """What the reward model and the verifier say of the answers that PPO samples, early, midway and at its end."""
-    again = seeded(run, seed)
+    """What a reward model and the verifier say of the answers that PPO samples: at first, at best and at last."""
+    again, sft = seeded(run, seed), str(run.out / "sft")
     instructgpt.recipe(again)
-    (prompts, *_), _ = parts(*SCALE.domains)
+    (prompts, labelled), _ = parts(SCALE.domains[0], SCALE.labelled)
+    few = Compare(models=(sft,), tasks=labelled, samples=4, **{**SCALE.compare, "limit": SCALE.compare["limit"] // 8})
+    ranked = Rankings(paths=(f"{again('few-comparisons', few)}/{RANKINGS}",))
+    weak = again("weak-reward", Reward(start=sft, data=ranked, objective=Ranked(answers=4), **WEAK))
     found: dict[str, dict[str, float]] = {}
-    for weight in WEIGHTS:
-        stage = PPO(
-            start=str(run.out / "sft"),
-            tasks=prompts,
-            rewards=RewardModels(models=(str(run.out / "reward"),)),
-            objective=Objective(kl_weight=weight),
-            **{**SCALE.ppo, "steps": LONG},
-        )
-        name = f"KL weight {weight:g}"
-        lines = metrics.read(Path(again(slug(name), stage)) / "metrics.jsonl")
-        for when, part in {"first step": lines[:1], "best five": best(lines), "last five": lines[-5:]}.items():
-            mean = {key: sum(line[key] for line in part) / len(part) for key in ("verdict", "reward")}
-            steps = sum(line["step"] for line in part) / len(part)
-            found[f"{name}, {when}"] = {HELD_OUT: mean["verdict"], "reward": mean["reward"], "step": steps}
+    for judge, path in {"": str(run.out / "reward"), "weak reward model, ": weak}.items():
+        for weight in WEIGHTS:
+            stage = PPO(
+                start=sft, tasks=prompts, rewards=RewardModels(models=(path,)),
+                objective=Objective(kl_weight=weight), **{**SCALE.ppo, "steps": LONG},
+            )  # fmt: skip
+            name = f"{judge}KL weight {weight:g}"
+            lines = metrics.read(Path(again(slug(name), stage)) / "metrics.jsonl")
+            for when, part in {"first step": lines[:1], "best five": best(lines), "last five": lines[-5:]}.items():
+                mean = {key: sum(line[key] for line in part) / len(part) for key in ("verdict", "reward", "step")}
+                found[f"{name}, {when}"] = {HELD_OUT: mean["verdict"], "reward": mean["reward"], "step": mean["step"]}
     return found
 
 
