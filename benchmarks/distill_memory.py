@@ -84,7 +84,7 @@ def compile_step(args: Args) -> dict[str, Any]:
         "logits": logits,
         "largest": {f"{kind}[{shape}]": sizes[kind, shape] for kind, shape in largest},
         "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
+        "temporaries": memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
         "teacher beside": held,
         "hbm": slice_.generation.hbm / slice_.generation.devices_per_chip,
         "seconds": time.monotonic() - began,

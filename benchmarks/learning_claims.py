@@ -1,7 +1,8 @@
 """Claims about learning, tried on the tiny model: each against its baseline, over seeds, with intervals.
 
     python benchmarks/learning_claims.py distill --out /tmp/claims     # in how many times fewer steps than RL
-    python benchmarks/learning_claims.py mismatch --out /tmp/claims    # a noisy sampler, with and without corrections
+    python benchmarks/learning_claims.py stale --out /tmp/claims       # a sampler with old weights, and corrections
+    python benchmarks/learning_claims.py noisy --out /tmp/claims       # a sampler with noisy weights, and corrections
     python benchmarks/learning_claims.py average --out /tmp/claims     # two SFT runs and the average of their weights
 
 README.md has what each did. The tiny model learns to reverse three letters: a minute or two a seed.
@@ -10,11 +11,12 @@ README.md has what each did. The tiny model learns to reverse three letters: a m
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from tiny_runs import (
@@ -45,6 +47,7 @@ TASKS = Characters(operation="reverse")
 TRAIN, ASKED = split(TASKS)
 START, EARLY = 5, 3  # steps of demonstrations
 NOISE = 0.4  # of the deviation of each matrix
+EVERY = 16  # steps after which a stale sampler gets the policy's weights
 FEW, MANY = split(TASKS, 0.95)  # 23 strings to learn from
 SHARED: dict[str, Any] = {"tasks": TRAIN, "sampling": Sampling(max_tokens=8), "compute": COMPUTE, "prompts": 16}
 
@@ -53,7 +56,7 @@ SHARED: dict[str, Any] = {"tasks": TRAIN, "sampling": Sampling(max_tokens=8), "c
 class Claim(Settings):
     """Try one claim with several seeds and print a Markdown table."""
 
-    claim: Annotated[Literal["distill", "mismatch", "average"], tyro.conf.Positional]
+    claim: Annotated[Literal["distill", "stale", "noisy", "average"], tyro.conf.Positional]
     """Which claim."""
 
 
@@ -122,22 +125,49 @@ def _noisy(params: Any, step: int, noise: float) -> Any:
     return jax.tree.unflatten(tree, moved)
 
 
-def mismatch(run: Training, seed: int) -> Measured:
+@dataclass(frozen=True, kw_only=True)
+class Stale(RL):
+    """RL whose sampler gets the policy's weights every so many steps, and goes on with them in between."""
+
+    every: int
+
+    def behavior(self, params: Any, step: int) -> Any:
+        """The weights that the policy had when the sampler last got them."""
+        if step % self.every == 0 or not self._held:
+            self._held["params"] = jax.tree.map(jnp.copy, params)  # a step takes its policy's own memory
+        return self._held["params"]
+
+    @cached_property
+    def _held(self) -> dict[str, Any]:
+        return {}
+
+
+def noisy(run: Training, seed: int) -> Measured:
     """RL with a noisy sampler under each correction; and with an exact one."""
+    return mismatch(run, seed, steps=50, exact=partial(Noisy, noise=0.0), off=partial(Noisy, noise=NOISE))
+
+
+def stale(run: Training, seed: int) -> Measured:
+    """RL with a sampler that lags behind under each correction; and with one that does not."""
+    return mismatch(run, seed, steps=60, exact=partial(Stale, every=1), off=partial(Stale, every=EVERY))
+
+
+def mismatch(run: Training, seed: int, *, steps: int, exact: Callable[..., RL], off: Callable[..., RL]) -> Measured:
+    """RL from a start that does 40% of the tasks: with an exact sampler, and with another under each correction."""
     start = taught(run, pretrained(run, seed), (TRAIN, ASKED), levels={"start": 0.4}, seed=seed)["start"]
     plan = dataclasses.replace(objective.olmo(rounds=1), correction=correction.Uncorrected())
-    ways: dict[str, tuple[float, Any]] = {
-        "exact sampler": (0.0, plan.correction),
-        "noisy, uncorrected": (NOISE, plan.correction),
-        "noisy, TIS at 2": (NOISE, correction.Truncated()),
-        "noisy, IcePop in [0.5, 2]": (NOISE, correction.Masked()),
-        "noisy, sequences at 2": (NOISE, correction.TruncatedSequence()),
+    ways: dict[str, tuple[Callable[..., RL], Any]] = {
+        "exact sampler": (exact, plan.correction),
+        "uncorrected": (off, plan.correction),
+        "TIS at 2": (off, correction.Truncated()),
+        "IcePop in [0.5, 2]": (off, correction.Masked()),
+        "sequences at 2": (off, correction.TruncatedSequence()),
     }
     nothing = {"mismatch": 0.0, "outside": 0.0}
     found = {"start": {HELD_OUT: accuracy(run, "start", start, ASKED), **nothing}}
-    for name, (noise, way) in ways.items():
-        stage = Noisy(
-            start=start, noise=noise, steps=50, group=8, seed=seed,
+    for name, (kind, way) in ways.items():
+        stage = kind(
+            start=start, steps=steps, group=8, seed=seed,
             objective=dataclasses.replace(plan, correction=way), optimizer=AdamW(learning_rate=4e-4), **SHARED,
         )  # fmt: skip
         folder = run(slug(name), stage)
@@ -162,7 +192,8 @@ def average(run: Training, seed: int) -> Measured:
 
 CLAIMS: dict[str, tuple[Callable[[Training, int], Measured], str]] = {
     "distill": (distill, f"RL, the teacher, after {START} steps of demonstrations"),
-    "mismatch": (mismatch, "noisy, uncorrected"),
+    "stale": (stale, "exact sampler"),
+    "noisy": (noisy, "uncorrected"),
     "average": (average, "high"),
 }
 """How each claim is tried, and what it is compared with."""

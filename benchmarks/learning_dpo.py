@@ -4,8 +4,10 @@
 
 Delta learning (https://arxiv.org/abs/2507.06187; Olmo 3, https://arxiv.org/abs/2512.13961, table 21: fine-tuning on the
 chosen answers made a model worse, DPO better). One run of demonstrations gives a weak model, the start and a strong
-one. The rejected answers are the weak model's. The chosen ones are the start's own, which it cannot gain from by
-imitation, or the strong model's. All methods see the same answers, and answers are drawn when they are scored.
+one, and a middle one that is stronger than the weak one and weaker than the start. The rejected answers are the weak
+model's. The chosen ones are the middle model's, as in those papers, where the start is better than what it is shown;
+or the start's own, which it cannot gain from by imitation; or the strong model's. All methods see the same answers, and
+answers are drawn when they are scored.
 """
 
 from dataclasses import replace
@@ -25,7 +27,7 @@ from posttrain.train.prefer import DPO, LengthNormalizedDPO, Prefer
 from posttrain.train.sft import SFT
 
 TRAIN, ASKED = split(Characters(operation="reverse"))
-LEVELS = {"weak": 0.2, "start": 0.7, "strong": 0.95}  # shares of drawn answers that are right
+LEVELS = {"weak": 0.2, "middle": 0.45, "start": 0.7, "strong": 0.95}  # shares of drawn answers that are right
 STEPS, BATCH = 30, 24
 
 
@@ -43,16 +45,16 @@ def one(run: Training, seed: int) -> Measured:
     shared: dict[str, Any] = {
         "start": models["start"], "steps": STEPS, "batch_size": BATCH, "compute": COMPUTE, "seed": seed,
     }  # fmt: skip
-    for better in ("start", "strong"):
+    for better in ("middle", "start", "strong"):
         compared = run(f"pairs-{better}", pairs(models[better], models["weak"], seed))
         chosen, ranked = Files(paths=(f"{compared}/{BEST}",)), Rankings(paths=(f"{compared}/{RANKINGS}",))
         adam = AdamW(learning_rate=5e-4, schedule="linear", warmup_steps=4)
-        gentle = replace(adam, learning_rate=1e-4)
+        gentle = replace(adam, learning_rate=3e-5)
         ways = {
             "SFT on chosen": SFT(data=chosen, optimizer=adam, **shared),
-            "DPO": Prefer(data=ranked, objective=DPO(beta=0.1), optimizer=gentle, **shared),
-            "DPO with 0.2 NLL": Prefer(data=ranked, objective=DPO(beta=0.1, nll=0.2), optimizer=gentle, **shared),
-            "DPO-norm": Prefer(data=ranked, objective=LengthNormalizedDPO(beta=1.0), optimizer=gentle, **shared),
+            "DPO": Prefer(data=ranked, objective=DPO(beta=0.5), optimizer=gentle, **shared),
+            "DPO with 0.2 NLL": Prefer(data=ranked, objective=DPO(beta=0.5, nll=0.2), optimizer=gentle, **shared),
+            "DPO-norm": Prefer(data=ranked, objective=LengthNormalizedDPO(beta=5.0), optimizer=gentle, **shared),
         }
         for way, stage in ways.items():
             name = f"{way}, {better} over weak"
@@ -62,4 +64,4 @@ def one(run: Training, seed: int) -> Measured:
 
 
 if __name__ == "__main__":
-    seeds(one, tyro.cli(Settings), against="SFT on chosen, start over weak")
+    seeds(one, tyro.cli(Settings), against="SFT on chosen, middle over weak")

@@ -49,7 +49,7 @@ class Where(NamedTuple):
     """What every layer must know of the tokens at hand: positions, the rotary angles of them, who sees whom.
 
     That is a mask, or, for the kernel that makes its own, the segments of packed rows. Keys and values are those of the
-    tokens themselves, or with `cached` all that the cache holds.
+    packed rows themselves, or with `cached` all that the cache holds.
     """
 
     positions: Int[Array, "B T"]
@@ -81,7 +81,7 @@ class Attention(nn.Module):
             cache = write(cache, layer, where.positions, (key, value))
             if where.cached:
                 keys, values = read(cache, layer)
-        if where.seen.ndim == 3:
+        if where.cached:
             out = attention.attend(query, keys, values, where.seen)
         else:
             out = _attend_packed(query, keys, values, where.seen)
@@ -106,21 +106,28 @@ def _attend_packed(
     query: Float[Array, "B T H K"],
     key: Float[Array, "B N S K"],
     value: Float[Array, "B N S K"],
-    segments: Int[Array, "B T"],
+    seen: Bool[Array, "B T S"] | Int[Array, "B T"],
 ) -> Float[Array, "B T H K"]:
-    """The flash kernel on every device: its rows, its heads, and its part of the queries of a row with all keys."""
+    """Attention within packed rows on every device: its rows, heads, and part of the queries of a row with all keys.
+
+    From the segments by the kernel for TPUs, which makes the mask itself; from the mask elsewhere.
+    """
     heads, kv_heads = query.shape[2], key.shape[1]
     if meshes.current_parts("heads", heads) != meshes.current_parts("kv_heads", kv_heads):
         key, value = (jnp.repeat(x, heads // kv_heads, axis=1) for x in (key, value))
+    keys = ("batch", "kv_heads", None, None)
+    axes = (("batch", "heads", "length", None), keys, keys)
+    query = query.swapaxes(1, 2)
+    if seen.ndim == 3:
+        out = meshes.per_device(attention.attend_packed, *axes, ("batch", "length", None))(query, key, value, seen)
+        return out.swapaxes(1, 2)
 
     def local(query: Array, key: Array, value: Array, own: Array, whole: Array, order: Array) -> Array:
         return flash.attend(query, key, value, (own, whole), order[:1])
 
-    keys = ("batch", "kv_heads", None, None)
-    axes = (("batch", "heads", "length", None), keys, keys, ("batch", "length"), ("batch", None), ("length",))
-    attend = meshes.per_device(local, *axes)
-    order = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    return attend(query.swapaxes(1, 2), key, value, segments, segments, order).swapaxes(1, 2)
+    attend = meshes.per_device(local, *axes, ("batch", "length"), ("batch", None), ("length",))
+    order = jnp.arange(seen.shape[1], dtype=jnp.int32)
+    return attend(query, key, value, seen, seen, order).swapaxes(1, 2)
 
 
 @jax.custom_vjp

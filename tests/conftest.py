@@ -14,6 +14,8 @@ SHARED = {
     "jax_compilation_cache_dir": str(Path(__file__).parent.parent / ".jax_cache"),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
 }
+# Programs run for milliseconds and take seconds to compile: without LLVM's optimisations a quarter less time in all.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 for name, value in SHARED.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)

@@ -19,6 +19,7 @@ from posttrain.train.losses import (
     kl,
     masked,
     mismatch,
+    normaliser,
     on_policy,
     policy,
     preference,
@@ -61,7 +62,7 @@ def random_sequence(rng, index, mask):
 
 SEQUENCES = [random_sequence(np.random.default_rng(i), i, mask) for i, mask in enumerate(MASKS)]
 
-# ---- the losses under test: batch -> (value per token, weight per token)
+# ---- the losses under test: batch -> (value per token, weight per token[, divisor unless it is the weights' sum])
 
 
 def own_and_other(b, values, mask=None):
@@ -137,6 +138,7 @@ LOSSES = {
     ),
     "grpo": of_answers(lambda b: clipped(b) + 0.1 * kl.k3(b["logp"], b["reference"])),
     "dapo": of_rest(clipped),
+    "dr_grpo": lambda b: (clipped(b), *normaliser.PerBudget(tokens=7)(b["mask"], b["segments"])),
     "dual_clip": of_rest(
         lambda b: policy.dual_clipped_policy_gradient(b["logp"], b["old"], b["advantage"], dual_clip=1.1)
     ),
@@ -232,14 +234,14 @@ LOSSES = {
 }
 
 
-# Compiled with little optimisation: it runs for milliseconds.
-@partial(jax.jit, static_argnames="names", compiler_options={"xla_backend_optimization_level": 0})
+@partial(jax.jit, static_argnames="names")
 def totals_and_gradients(trained, fixed, names=tuple(LOSSES)):
     """Per loss its sum, its weight, and the sum's gradient with respect to each trained array."""
 
     def totals(trained):
-        pairs = [LOSSES[name](trained | fixed) for name in names]
-        return jnp.stack([masked.sum(*pair) for pair in pairs]), jnp.stack([masked.weight(w) for _, w in pairs])
+        found = [LOSSES[name](trained | fixed) for name in names]
+        divisors = [masked.weight(weights) if not divisor else divisor[0] for _, weights, *divisor in found]
+        return jnp.stack([masked.sum(*one[:2]) for one in found]), jnp.stack(divisors)
 
     return *totals(trained), jax.jacrev(lambda x: totals(x)[0])(trained)
 

@@ -17,7 +17,6 @@ CONFIG = model.ModelConfig(
 )
 PLAIN = attention.BRANCHES
 WIDTH = 12
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 """Programs that run once on tiny arrays: compiling them dominates, and level 0 takes a third of the time."""
 
 
@@ -28,7 +27,7 @@ def params():
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.0, 0.2, leaf.shape), jnp.float32), shapes)
 
 
-@partial(jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
 def hidden_states(config, params, tokens, positions, segments):
     return model.apply(config, params, tokens, positions=positions, segments=segments)[0]
 
@@ -57,7 +56,7 @@ def test_branches_are_numbered_as_in_the_batch_contract():
 
 def test_layers_start_from_different_numbers_of_the_configured_size():
     config = CONFIG.replace(init_std=0.3)
-    gate = jit(lambda key: model.init(config, key)["layers"]["mlp"]["gate"])(jax.random.key(0))
+    gate = jax.jit(lambda key: model.init(config, key)["layers"]["mlp"]["gate"])(jax.random.key(0))
     assert not np.isclose(gate[0], gate[1]).any()
     assert float(jnp.std(gate)) == pytest.approx(0.3, rel=0.05)
 
@@ -103,7 +102,7 @@ def test_padding_changes_neither_values_nor_gradients(params):
         hidden = jnp.where((segments > 0)[..., None], hidden, 0.0)
         return jnp.sum(jnp.sin(hidden)), hidden
 
-    gradient = jit(jax.grad(loss, has_aux=True))
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
     expected, plain = gradient(params, tokens[None], np.arange(6)[None], np.full((1, 6), PLAIN))
     actual, hidden = gradient(params, padded, positions, segments)
     close(hidden[:, 2:8], plain)
@@ -126,7 +125,9 @@ def test_decoding_equals_prefill_at_every_position_of_ragged_rows(params, unstac
     weights = transformer.for_decoding(CONFIG, params) if unstacked else params
     state = jax.tree.map(lambda x: x + 100.0, cache.empty(CONFIG, 3, slots))
     state = cache.unstack(state) if unstacked else state
-    step = jit(lambda tokens, positions, state: model.apply(CONFIG, weights, tokens, positions=positions, cache=state))
+    step = jax.jit(
+        lambda tokens, positions, state: model.apply(CONFIG, weights, tokens, positions=positions, cache=state)
+    )
     seen = [[], [], []]
     for time in range(max(lengths) + 2):
         where = [time - row if 0 <= time - row < lengths[row] else slots for row in range(3)]
@@ -142,7 +143,7 @@ def test_decoding_equals_prefill_at_every_position_of_ragged_rows(params, unstac
 def test_a_prefill_into_the_cache_equals_a_training_forward_and_goes_on_from_there(params):
     (tokens,) = rows(8)
     expected = alone(params, tokens)
-    apply = jit(partial(model.apply, CONFIG))
+    apply = jax.jit(partial(model.apply, CONFIG))
     first, state = apply(params, tokens[None, :5], positions=jnp.arange(5)[None], cache=cache.empty(CONFIG, 1, 12))
     rest, _ = apply(params, tokens[None, 5:], positions=jnp.arange(5, 8)[None], cache=state)
     close(np.concatenate([first[0], rest[0]]), expected)
@@ -169,7 +170,7 @@ def test_token_logp_is_the_log_softmax_of_the_logits_in_value_and_gradient(param
     def chunked(ends, hidden):
         return jnp.sum(weight * model.token_logp(config, ends, hidden, targets, chunk=chunk))
 
-    actual, expected = (jit(jax.value_and_grad(f, argnums=(0, 1)))(ends, hidden) for f in (chunked, whole))
+    actual, expected = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(ends, hidden) for f in (chunked, whole))
     jax.tree.map(close, actual, expected)
 
 
@@ -219,7 +220,7 @@ def test_remat_changes_no_gradient(params):
         return jnp.sum(jnp.sin(hidden))
 
     configs = [CONFIG.replace(remat=remat) for remat in ("none", "dots", "full")]
-    plain, dots, full = jit(lambda params: [jax.grad(loss)(params, config) for config in configs])(params)
+    plain, dots, full = jax.jit(lambda params: [jax.grad(loss)(params, config) for config in configs])(params)
     jax.tree.map(close, dots, plain)
     jax.tree.map(close, full, plain)
     rules = [str(jax.make_jaxpr(jax.grad(partial(loss, config=config)))(params)).count("remat") for config in configs]

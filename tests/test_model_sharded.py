@@ -22,7 +22,6 @@ SPLITS = [
     {"data": 1, "fsdp": 1, "tensor": 8},
     {"data": 1, "fsdp": 4, "context": 2},
 ]
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def random_params(config: model.ModelConfig):
@@ -51,7 +50,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def unsharded(inputs):
-    return jax.device_get(jit(logp_and_gradient)(random_params(CONFIG), *inputs))
+    return jax.device_get(jax.jit(logp_and_gradient)(random_params(CONFIG), *inputs))
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
@@ -60,7 +59,7 @@ def test_sharded_log_probabilities_and_gradients_equal_unsharded_ones(inputs, un
     params = jax.device_put(random_params(CONFIG), transformer.shardings(CONFIG, mesh))
     batch = jax.device_put(inputs, meshes.batch_shardings(inputs, mesh))
     with jax.set_mesh(mesh):
-        gradient, logp = jit(logp_and_gradient)(params, *batch)
+        gradient, logp = jax.jit(logp_and_gradient)(params, *batch)
     expected_gradient, expected_logp = unsharded
     np.testing.assert_allclose(logp, expected_logp, rtol=1e-4, atol=1e-5)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), gradient, expected_gradient)
@@ -70,7 +69,7 @@ def test_init_with_shardings_never_makes_a_whole_matrix_on_one_device():
     mesh = meshes.make_mesh(data=1, fsdp=4, tensor=2)
     config = CONFIG.replace(attention_bias=False)
     places = transformer.shardings(config, mesh)
-    program = jit(partial(model.init, config), out_shardings=places).lower(jax.random.key(0)).compile()
+    program = jax.jit(partial(model.init, config), out_shardings=places).lower(jax.random.key(0)).compile()
     parts = jax.tree.map(lambda leaf, place: place.shard_shape(leaf.shape), transformer.abstract_params(config), places)
     largest = max(math.prod(shape) for shape in jax.tree.leaves(parts, is_leaf=lambda x: isinstance(x, tuple)))
     found = re.findall(r"(?:f|u|s)(?:8|16|32|64)\[([\d,]+)\]", program.as_text() or "")

@@ -32,7 +32,6 @@ LOSSES = {
     "full": teaching.FullVocabulary(chunk=24, outcome=0.3).loss(CONFIG),
 }
 SPLITS = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def one_device():
@@ -41,7 +40,7 @@ def one_device():
 
 @functools.cache
 def maker(mesh):
-    return jit(partial(transformer.init, CONFIG), out_shardings=transformer.shardings(CONFIG, mesh))
+    return jax.jit(partial(transformer.init, CONFIG), out_shardings=transformer.shardings(CONFIG, mesh))
 
 
 def initial(mesh, seed=0):
@@ -84,7 +83,7 @@ def three_steps(name, split, batch):
     batch = jax.device_put(batch, meshes.batch_shardings(batch, mesh))
     metrics = {}
     with jax.set_mesh(mesh):
-        train = jit(
+        train = jax.jit(
             step.make_train_step(LOSSES[name], ADAM), out_shardings=(jax.tree.map(lambda x: x.sharding, now), None)
         )
         for _ in range(3):
@@ -115,7 +114,7 @@ def test_those_steps_move_the_parameters_far(batch, unsharded):
 
 @functools.cache
 def descent(name, accumulate):
-    return jit(step.make_train_step(LOSSES[name], optax.sgd(1.0), accumulate=accumulate))
+    return jax.jit(step.make_train_step(LOSSES[name], optax.sgd(1.0), accumulate=accumulate))
 
 
 def one_step(batch, accumulate=1, name="sft"):
@@ -142,7 +141,7 @@ def test_the_gradient_is_of_the_global_mean_and_not_of_the_mean_of_means(batch, 
         total, weight, _ = LOSSES["sft"](params, rows)
         return total / jnp.maximum(weight, 1.0)
 
-    gradient = jit(jax.grad(mean))
+    gradient = jax.jit(jax.grad(mean))
     params = initial(one_device())
     descent = jax.tree.map(jnp.negative, gradient(params, batch))
     close(whole[0], descent, 1e-6)
