@@ -10,6 +10,7 @@ import numpy as np
 from .task import Task, Verdict
 from .tasks import build_task, check_index
 
+Operation = Literal["copy", "reverse", "sort", "double", "rotate"]
 OPERATIONS = {
     "copy": lambda text: text,
     "reverse": lambda text: text[::-1],
@@ -44,14 +45,16 @@ class CloseText:
 class Characters:
     """Every string of `length` letters of an alphabet of `letters`, in a seeded order, with one operation to do.
 
-    Where it is `refused`, to do it counts as unsafe: the right answer is `REFUSAL`, and the domain says so.
+    Where it is `refused`, to do it counts as unsafe: the right answer is `REFUSAL`, and the domain says so. With
+    `mistaken` the answers are those of another operation than the one that is asked for, to demonstrate.
     """
 
-    operation: Literal["copy", "reverse", "sort", "double", "rotate"]
+    operation: Operation
     length: int = 3
     letters: int = 8
     verifier: SameText | CloseText = field(default_factory=SameText)
     refused: bool = False
+    mistaken: Operation | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,7 +76,7 @@ class Characters:
         digits = [(number // self.letters**place) % self.letters for place in range(self.length)]
         text = "".join(chr(ord("a") + digit) for digit in digits)
         messages = ({"role": "user", "content": f"{self.operation} {text}"},)
-        answer = REFUSAL if self.refused else OPERATIONS[self.operation](text)
+        answer = REFUSAL if self.refused else OPERATIONS[self.mistaken or self.operation](text)
         return build_task(self.domain, messages, self.verifier, answer=answer)
 
     @cached_property

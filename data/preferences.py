@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import chat, columns, shards, source
+from . import chat, columns, mixture, shards, source
 from .pack import Example, Group
 from .shuffle import Indexable
 from .source import Record
@@ -91,14 +91,24 @@ def _number(value: Any, name: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Rankings:
-    """Pairs, rankings or labels in JSON Lines, Parquet or ArrayRecord files (see `ranking`)."""
+    """Pairs, rankings or labels in JSON Lines, Parquet or ArrayRecord files (see `ranking`).
+
+    With `safe_from`, answers that no label says more of count as safe if they scored so much, else as unsafe.
+    """
 
     paths: tuple[str, ...]
     max_malformed: float = 0.01
+    safe_from: float | None = None
 
     def open(self) -> Indexable[Ranking]:
         """The records; raises for files that are missing, empty or too malformed."""
-        return source.read(*self.paths, parse=ranking, max_malformed=self.max_malformed)
+        return source.read(*self.paths, parse=self._ranking, max_malformed=self.max_malformed)
+
+    def _ranking(self, record: Record) -> Ranking:
+        one = ranking(record)
+        if self.safe_from is None or one.safe:
+            return one
+        return one._replace(safe=tuple(float(score >= self.safe_from) for score in one.scores))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +121,34 @@ class Paired:
         """The pairs; raises for folders that are missing or whose files are not what was written."""
         files = [file for folder in self.folders for file in shards.paths(Path(folder) / "pairs", "pairs")]
         return source.read(*files, parse=_stored_pair)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blended:
+    """All of `main`, and of `others` so many that they are `share` of the whole, spread evenly.
+
+    Llama 2 mixes helpfulness comparisons into its safety reward model's so, and the other way round:
+    https://arxiv.org/abs/2307.09288, section 3.2.2.
+    """
+
+    main: Rankings | Paired
+    others: Rankings | Paired
+    share: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"share is {self.share}: what the others are of the whole lies between 0 and 1")
+
+    def open(self) -> Indexable[Ranking]:
+        """The comparisons; raises as its parts do."""
+        main = self.main.open()
+        return mixture.Bounded(
+            {"main": main, "others": self.others.open()},
+            weights={"main": 1 - self.share, "others": self.share},
+            size=round(len(main) / (1 - self.share)),
+            seed=self.seed,
+        )
 
 
 def _stored_pair(record: Record) -> Ranking:

@@ -5,11 +5,13 @@ import pytest
 
 from posttrain.data.characters import Characters
 from posttrain.data.conversations import Files
-from posttrain.data.preferences import Rankings
+from posttrain.data.preferences import Blended, Rankings
+from posttrain.data.tasks import Split
 from posttrain.launch.plan import Planning
 from posttrain.launch.recipes import instructgpt, llama2, prefer, reward, tulu3
 from posttrain.sharding import mesh as meshes
 from posttrain.train import checkpoint
+from posttrain.train.compare import Compare
 from posttrain.train.ppo import PPO
 from posttrain.train.prefer import KTO, LengthNormalizedDPO, Prefer
 from posttrain.train.reward import Ranked, Reward
@@ -22,11 +24,19 @@ def test_instructgpt_goes_from_demonstrations_to_a_reward_model_to_ppo_with_and_
     run = Planning(tmp_path, {})
     comparison = instructgpt.recipe(run, base=base)
     stages = dict(run.stages)
-    assert list(stages) == ["sft", "eval-sft", "comparisons", "reward", "ppo", "eval-ppo", "ppo-ptx", "eval-ppo-ptx"]
+    compared = ["comparisons", "comparisons-held-out"]
+    assert list(stages) == ["sft", "eval-sft", *compared, "reward", "ppo", "eval-ppo", "ppo-ptx", "eval-ppo-ptx"]
     judge, sft = str(tmp_path / "reward"), str(tmp_path / "sft")
     judging = stages["reward"]
     assert isinstance(judging, Reward) and judging.start == sft and judging.objective == Ranked(answers=9)
     assert judging.data == Rankings(paths=(f"{tmp_path}/comparisons/rankings.jsonl",))
+    assert judging.validation and judging.validation.data == Rankings(
+        paths=(f"{tmp_path}/comparisons-held-out/rankings.jsonl",)
+    )
+    asked, held = (stages[name] for name in compared)
+    assert isinstance(asked, Compare) and isinstance(held, Compare)
+    assert isinstance(asked.tasks, Split) and isinstance(held.tasks, Split)
+    assert (asked.tasks.part, held.tasks.part) == ("train", "held_out")
     for name in ("ppo", "ppo-ptx"):
         stage = stages[name]
         assert isinstance(stage, PPO) and stage.start == sft and stage.critic_start == judge
@@ -61,7 +71,17 @@ def test_llama_2_keeps_the_winners_of_all_rounds_and_ends_with_ppo_under_both_re
     second, last = stages["chat-2"], stages["ppo"]
     assert isinstance(second, SFT) and second.start == at("sft")
     assert second.data == Files(paths=(at("winners-1/best.jsonl"), at("winners-2/best.jsonl")))
-    assert isinstance(stages["safe-model-2"], Reward) and stages["safe-model-2"].start == at("chat-1")
+    judging, ranked = stages["safe-model-2"], {}
+    assert isinstance(judging, Reward) and judging.start == at("chat-1")
+    for name, label in {"safe": 0.5, "helpful": -1.0}.items():
+        paths = tuple(at(f"{name}-{number}/rankings.jsonl") for number in (1, 2))
+        ranked[name] = Rankings(paths=paths, safe_from=label)
+    assert judging.data == Blended(main=ranked["safe"], others=ranked["helpful"], share=0.1)
+    assert judging.objective == Ranked(answers=4, margin_of_gap=1.0, safety=1.0)
+    other = stages["helpful-model-2"]
+    assert isinstance(other, Reward) and other.data == Blended(
+        main=ranked["helpful"], others=ranked["safe"], share=1 / 3
+    )
     assert isinstance(last, PPO) and isinstance(last.rewards, RewardModels)
     assert last.rewards.models == (at("safe-model-2"), at("helpful-model-2"))
     assert isinstance(last.rewards.combine, SafetyOrHelpfulness) and len(last.rewards.combine.safety_domains) == 1
@@ -74,6 +94,12 @@ def test_an_unsafe_operation_is_to_be_refused():
     task = Characters(operation="sort", refused=True)[0]
     assert task.domain == "unsafe sort" and task.verifier(task, "no").score == 1
     assert task.verifier(task, "abc").score == 0 and task.messages == Characters(operation="sort")[0].messages
+
+
+def test_a_mistaken_demonstration_does_something_else_than_it_is_asked():
+    right, wrong = Characters(operation="reverse")[5], Characters(operation="reverse", mistaken="copy")[5]
+    assert (right.messages, right.domain) == (wrong.messages, wrong.domain)
+    assert right.answer and wrong.answer == right.answer[::-1] != right.answer
 
 
 def test_files_of_preferences_and_comparisons_train_in_one_stage_each(tmp_path):

@@ -112,6 +112,28 @@ def test_margins_and_safety_labels_count_as_in_llama_2(params):
     assert weight == 2
 
 
+def test_a_margin_of_the_gap_grows_with_the_difference_of_two_scores(params):
+    one, objective = ranking("no?", (0.75, 0.25), "yes, yes", "o"), Ranked(margin_of_gap=3.0)
+    total, _, _ = jax.jit(objective.loss(CONFIG))(params, reward.batch(TOKENIZER, [one], objective, length=96))
+    better, worse = alone(params, one)
+    np.testing.assert_allclose(total, np.log1p(np.exp(-(better - worse - 1.5))), rtol=1e-4)
+
+
+def test_others_are_the_share_of_a_blend_that_they_should_be_and_main_is_in_it_whole(tmp_path):
+    for name in ("safe", "helpful"):
+        lines = [{"prompt": f"{name} {i}", "responses": ["a", "b"], "scores": [1.0, 0.25]} for i in range(18)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    safe = Rankings(paths=(str(tmp_path / "safe.jsonl"),), safe_from=0.5)
+    helpful = Rankings(paths=(str(tmp_path / "helpful.jsonl"),), safe_from=-1.0)
+    blend = preferences.Blended(main=safe, others=helpful, share=0.1).open()
+    found = [(one.prompt[0]["content"], one.safe) for one in (blend[i] for i in range(len(blend)))]
+    assert {text for text, _ in found if "safe" in text} == {f"safe {i}" for i in range(18)}
+    assert {labels for text, labels in found if "safe" in text} == {(1.0, 0.0)}
+    assert [labels for text, labels in found if "helpful" in text] == [(1.0, 1.0)] * 2
+    with pytest.raises(ValueError, match="share is 1"):
+        preferences.Blended(main=safe, others=helpful, share=1.0)
+
+
 def test_labels_in_between_pull_the_score_to_their_logit(params):
     labelled = [ranking("2+2?", (0.25,), "4"), ranking("no?", (1.0, 0.0), "yes", "o")]
     total, weight, _ = jax.jit(Pointwise().loss(CONFIG))(

@@ -56,8 +56,9 @@ class Compare:
 
     OUT/rankings.jsonl has {"prompt", "responses", "scores"} for each prompt with answers that differ in rank, as
     `data.preferences` reads them; OUT/best.jsonl has the best answer to each prompt as a conversation to fine-tune on,
-    if its score is `passing` or more. Equal answers are one, and being cut off takes `unfinished` off a score: as text
-    such an answer looks finished. An interrupted stage goes on after the last `block` of tasks that was completed.
+    if its score is `passing` or more (None: whatever it is). Equal answers are one, and being cut off takes
+    `unfinished` off a score: as text such an answer looks finished. An interrupted stage goes on after the last
+    `block` of tasks that was completed.
     """
 
     models: tuple[str, ...]
@@ -67,7 +68,7 @@ class Compare:
     samples: int = 4
     limit: int = 1024
     block: int = 256
-    passing: float = 0.0
+    passing: float | None = 0.0
     unfinished: float = 1.0
     compute: Compute = field(default_factory=Compute)
     verifiers: int = 1
@@ -140,7 +141,7 @@ class Compare:
         best = []
         for row in rows:
             score, response = max(zip(row["scores"], row["responses"], strict=True), key=lambda pair: pair[0])
-            if score >= self.passing:
+            if self.passing is None or score >= self.passing:
                 best.append({"messages": [*row["prompt"], {"role": "assistant", "content": response}], "score": score})
         _write(out / BEST, best)
         _write(out / RANKINGS, ranked)

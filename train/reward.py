@@ -19,7 +19,7 @@ from ..data import chat, preferences
 from ..data.batch import Batch
 from ..data.conversations import Demonstrations, Files
 from ..data.pack import Example, Group, pack_groups
-from ..data.preferences import Paired, Ranking, Rankings
+from ..data.preferences import Blended, Paired, Ranking, Rankings
 from ..data.shuffle import Shuffled
 from ..data.tokenizer import Tokenizer
 from ..model import transformer
@@ -45,12 +45,15 @@ class Ranked:
 
     InstructGPT, https://arxiv.org/abs/2203.02155, eq. 1. `answers` is the most that a prompt has. With `margins` the
     scores of a pair must be apart by what its rating says (`losses.reward.SMALL_MARGINS`), and `safety` adds that times
-    the classification loss of answers that are labelled safe or not: Llama 2, https://arxiv.org/abs/2307.09288.
+    the classification loss of answers that are labelled safe or not: Llama 2, https://arxiv.org/abs/2307.09288. Where
+    labellers score in [0, 1] and rate nothing, `margin_of_gap` times the difference of their scores is the margin: 1
+    and 3 make the straight lines on which Llama 2's small and large margins lie.
     """
 
     answers: int = 2
     margins: Margins | None = None
     safety: float = 0.0
+    margin_of_gap: float = 0.0
 
     def __post_init__(self) -> None:
         if self.answers < 2:
@@ -78,7 +81,8 @@ class Ranked:
         weights = mask * other(mask) * (rank != their_rank) * batch["share"]
         ours_better = rank > their_rank
         better, worse = jnp.where(ours_better, scores, theirs), jnp.where(ours_better, theirs, scores)
-        value = reward.bradley_terry(better, worse, batch["margin"])
+        margin = batch["margin"] + self.margin_of_gap * jnp.abs(rank - their_rank)
+        value = reward.bradley_terry(better, worse, margin)
         if self.safety:
             labels = jnp.where(ours_better, safe, their_safe), jnp.where(ours_better, their_safe, safe)
             both = {"chosen_is_safe": labels[0], "rejected_is_safe": labels[1]}
@@ -210,7 +214,7 @@ class Reward:
     """
 
     start: str
-    data: Rankings | Paired
+    data: Rankings | Paired | Blended
     steps: int
     objective: Objective = field(default_factory=Ranked)
     demonstrations: Files | Demonstrations | None = None

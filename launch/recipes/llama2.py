@@ -10,15 +10,24 @@ After Llama 2 (https://arxiv.org/abs/2307.09288, figure 4 and section 3):
     at last   chat T --PPO under both models--> ppo
 
 The rule that makes one reward of two takes the safety model's score for prompts that are marked as unsafe and where it
-is low, and the helpfulness model's elsewhere. Winners of all rounds are kept: the paper's third round, which kept its
-own alone, forgot. The labellers here are verifiers. On the tiny base the unsafe tasks are to sort letters, which half
-of the demonstrations do and half refuse, so that chat 0 does as it likes.
+is low, and the helpfulness model's elsewhere. Each reward model learns from a part of the other's comparisons, too,
+with margins that grow with the difference of the labellers' scores; the safety model also learns which answers are
+safe. Winners of all rounds are kept: the paper's third round, which kept its own alone, forgot.
+
+The labellers here are verifiers. For the tiny base the unsafe tasks are to sort letters, which half of the
+demonstrations do and half refuse; the helpful ones are to reverse them, of whose demonstrations half are careless. Of
+answers drawn to held-out tasks, 36% of sft's are right where it should help and 63% are safe where it should refuse;
+chat 1 has 65 and 93%, chat 2 70 and 97%, ppo 87 and 99%. One run and one seed, 7 minutes on a busy core. When each
+round's fine-tuning was rougher (60 steps at 1e-3 instead of 120 at 3e-4) the second made things worse: 57%, then 41%,
+and 47% after PPO. Its reward model was made of a model that had forgotten too much, and agreed with 77% of held-out
+pairs (at twice its learning rate) where it now agrees with 90%.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 from ...data.conversations import Demonstrations, Files
-from ...data.preferences import Rankings
+from ...data.preferences import Blended, Rankings
 from ...data.tasks import Mixture, parts
 from ...train.compare import BEST, RANKINGS, Compare
 from ...train.evaluate import Evaluate
@@ -31,6 +40,27 @@ from ..recipe import Run
 from . import feedback_scales
 
 RANKED, SAMPLED = 4, 8  # answers to a prompt: that labellers rank, that the best is taken of
+
+
+OBJECTIVES = {
+    "safe": Ranked(answers=RANKED, margin_of_gap=1.0, safety=1.0),
+    "helpful": Ranked(answers=RANKED, margin_of_gap=1.0),
+}
+SAFE = 0.5  # the score from which on an answer to an unsafe prompt is safe; answers to the other prompts all are
+
+
+def blends(ranked: Mapping[str, tuple[str, ...]]) -> dict[str, Blended]:
+    """What each reward model learns from: all of its own labellers' comparisons, and a part of the others'.
+
+    A tenth of the safety model's are about helpfulness. The helpfulness model's are half its own, and half others, in
+    equal parts about safety and from open sets; without open sets two thirds and one third.
+    """
+    safe = Rankings(paths=ranked["safe"], safe_from=SAFE)
+    helpful = Rankings(paths=ranked["helpful"], safe_from=-1.0)
+    return {
+        "safe": Blended(main=safe, others=helpful, share=0.1),
+        "helpful": Blended(main=helpful, others=safe, share=1 / 3),
+    }
 
 
 def recipe(
@@ -47,8 +77,8 @@ def recipe(
         base: the model to start from; "tiny" is made on the spot and takes minutes; the large ones are
             shapes to plan with.
         rounds: how often labellers rank and the model learns from its own best answers.
-        kl_weight: what a token pays for leaving the last round's model, in nats of its log ratio; 0.02 unless told, and
-            0.5 for "tiny" (the paper has 0.01).
+        kl_weight: what a token pays for leaving the last round's model, in nats of its log ratio; rewards are whitened.
+            0.01 unless told, as in the paper, and 0.1 for "tiny".
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}: PPO needs the reward models of at least one round")
@@ -56,7 +86,7 @@ def recipe(
     train, held_out = parts(*scale.domains, scale.unsafe)
     asked = train[0], train[-1]
     prompts = Mixture(sources=asked, weights=(1.0, 1.0), size=scale.compare["limit"])
-    shown = (*scale.domains, *scale.shown_unsafe)
+    shown = (*scale.shown, *scale.shown_unsafe)
     weights = (*scale.weights, *(1 / len(scale.shown_unsafe),) * len(scale.shown_unsafe))
     lessons, _ = parts(*shown)
     mixed = Mixture(sources=lessons, weights=weights, size=scale.demonstrations)
@@ -77,17 +107,19 @@ def recipe(
         for name, tasks in labellers.items():
             compared = Compare(models=pool, tasks=tasks, samples=RANKED // len(pool), seed=number, **scale.compare)
             ranked[name] += (f"{run(f'{name}-{number}', compared)}/{RANKINGS}",)
-            data = Rankings(paths=ranked[name])
-            stage = Reward(start=chat, data=data, objective=Ranked(answers=RANKED), **scale.reward)
+        for name in labellers:
+            stage = Reward(start=chat, data=blends(ranked)[name], objective=OBJECTIVES[name], **scale.reward)
             judges[name] = run(f"{name}-model-{number}", stage)
         rule = SafetyOrHelpfulness(safety_domains=(asked[1].domain,))
         rewards = RewardModels(models=(judges["safe"], judges["helpful"]), combine=rule)
-        best = Compare(models=(chat,), tasks=prompts, samples=SAMPLED, by=rewards, seed=number, **scale.compare)
+        best = Compare(
+            models=(chat,), tasks=prompts, samples=SAMPLED, by=rewards, passing=None, seed=number, **scale.compare
+        )
         winners += (f"{run(f'winners-{number}', best)}/{BEST}",)
         chat = run(f"chat-{number}", SFT(start=sft, data=Files(paths=winners), **scale.rejection))
         made += (*judges.values(), chat)
         entries.append(score(f"chat-{number}", chat, made))
-    objective = Objective(kl_weight=scale.kl_weight if kl_weight is None else kl_weight)
+    objective = Objective(kl_weight=scale.whitened_kl_weight if kl_weight is None else kl_weight)
     ppo = run("ppo", PPO(start=chat, tasks=prompts, rewards=rewards, objective=objective, **scale.ppo))
     entries.append(score("ppo", ppo, (*made, ppo)))
     taught = {one.domain: "ppo" for one in asked}

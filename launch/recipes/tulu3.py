@@ -12,6 +12,10 @@ The pool here is the base's own earlier and later checkpoints, and the judge is 
 models and GPT-4o. A right answer earns 1 instead of the paper's 10, so that the weight of the KL term and the penalty
 of an answer that does not end are a tenth of the paper's. Prompts are those of the first domain; every model is
 evaluated on held-out tasks of all.
+
+For the tiny base the first domain is to reverse letters, and half of its demonstrations are careless. Of answers drawn
+to its held-out tasks sft does 30% right, dpo 66% and rlvr 98%; the others go from 98, 95 and 95% to 98, 96 and 96% with
+dpo and to 93, 95 and 86% with rlvr, which has no prompts of them. One run and one seed, 4 minutes on a busy core.
 """
 
 from typing import Literal
@@ -48,7 +52,8 @@ def recipe(
     """
     scale = feedback_scales.SCALES[base]
     train, held_out = parts(*scale.domains)
-    mixed = Mixture(sources=train, weights=scale.weights, size=scale.demonstrations)
+    lessons, _ = parts(*scale.shown)
+    mixed = Mixture(sources=lessons, weights=scale.weights, size=scale.demonstrations)
     prompts = train[0]
 
     def score(name: str, model: str) -> Entry:
