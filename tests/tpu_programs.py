@@ -41,7 +41,8 @@ def stages(topology, mesh, cache):
 def unrolled(mesh):
     """FLOPs and bytes of a step on one device with every loop written out: ours, and the compiler's own.
 
-    Traced without `jax.set_mesh`, so that it attends by einsum: what a kernel does inside, the compiler does not count.
+    Traced without `jax.set_mesh` and with short rows, so that it attends by einsum, to all rows at once: what a kernel
+    does inside and what a loop repeats, the compiler does not count.
     """
     loss = sft.loss(CHECKED)
     one = meshes.make_mesh(devices=mesh.devices.flat[:1])
@@ -50,7 +51,7 @@ def unrolled(mesh):
     layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params["layers"])
     params = {**params, "layers": (layer,) * CHECKED.num_layers}
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), params)
-    batch = programs.abstract_batch(dataclasses.replace(COMPUTE, row_tokens=256, micro_rows=4), one)
+    batch = programs.abstract_batch(dataclasses.replace(COMPUTE, row_tokens=128, micro_rows=8), one)
     traced = jax.jit(jax.value_and_grad(lambda p, b: loss(p, b)[0])).trace(params, batch)
     made = traced.lower().compile()
     analysis, memory = made.cost_analysis(), made.memory_analysis()
