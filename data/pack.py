@@ -28,10 +28,14 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """A prompt [P] (P >= 1) and the answers to it; an answer's tokens, mask and fields cover the answer alone."""
+    """A prompt [P] (P >= 1) and the answers to it; an answer's tokens, mask and fields cover the answer alone.
+
+    `fields` are values at the prompt's tokens but the last, [P - 1, ...], by name: for what is no matter of predicting.
+    """
 
     prompt: Tokens
     answers: Sequence[Example]
+    fields: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class Packed(NamedTuple):
@@ -108,6 +112,8 @@ def pack_groups(
         batch["tokens"][row, at] = prompt[:-1]
         batch["segments"][row, at] = number * BRANCHES
         batch["positions"][row, at] = np.arange(shared)
+        for name in groups[part.group].fields.keys() & set(fields):
+            batch[name][row, at] = _checked(groups[part.group].fields[name], shared, name)
         begin = start + shared
         for branch, index in enumerate(part.answers, start=1):
             answer = groups[part.group].answers[index]
@@ -219,7 +225,7 @@ def _empty(rows: int, length: int, fields: Sequence[str], examples: Sequence[Exa
                 raise ValueError(f"example {index} has the fields {sorted(example.fields)} and no {name!r}; add it")
         first = np.asarray(examples[0].fields[name]) if examples else np.zeros((), np.float32)
         kind = np.int32 if np.issubdtype(first.dtype, np.integer) else np.float32
-        kind = np.uint8 if first.dtype == np.uint8 else kind
+        kind = first.dtype if first.dtype in (np.uint8, np.uint16) else kind
         batch[name] = np.zeros(shape + first.shape[1:], kind)
     return batch
 
@@ -236,8 +242,10 @@ def _put(
     batch["mask"][row, start:stop] = example.mask[skip:]
     for name in fields:
         values = np.asarray(example.fields[name])
-        if values.ndim and len(values) != size:
-            raise ValueError(
-                f"an example has {size} tokens and {len(values)} values of {name!r}; give one for each token"
-            )
-        batch[name][row, start:stop] = values[skip:] if values.ndim else values
+        batch[name][row, start:stop] = _checked(values, size, name)[skip:] if values.ndim else values
+
+
+def _checked(values: np.ndarray, size: int, name: str) -> np.ndarray:
+    if len(values) != size:
+        raise ValueError(f"{size} tokens have {len(values)} values of {name!r}; give one for each token")
+    return values

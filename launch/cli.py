@@ -48,8 +48,8 @@ PLAN = """Compile a recipe's own programs for a TPU topology, without a TPU: doe
 
 Every program of every stage goes through the TPU compiler (libtpu) as it would run; times are rooflines, the least that
 the chips' peaks allow. The table is also in OUT/plan.html, and for machines in OUT/plan.json. Besides the models that
-`run` takes, a plan takes shapes without weights: llama3.1-8b, qwen2.5-32b, llama3.1-70b. `posttrain plan RECIPE --help`
-lists all options.
+`run` takes, a plan takes shapes without weights: llama3.1-8b, qwen2.5-32b, llama3.1-70b, qwen3-30b-a3b. `posttrain
+plan RECIPE --help` lists all options.
 
   posttrain plan mopd --base llama3.1-8b --topology v5p:4x4x4
   posttrain plan sft --model llama3.1-70b --topology v6e:16x16 --slices 2 --mesh fsdp=64,tensor=4"""

@@ -7,29 +7,36 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from ..sharding import rules
 
-def matmul_flops(jaxpr: Any, *, trips: int = 1) -> float:
+
+def matmul_flops(jaxpr: Any, *, trips: int = 1, groups: int = 1) -> float:
     """Multiply-adds, counted as two, of all matrix products of a jaxpr, over all devices.
 
     What is computed again in the backward pass counts again. The elementwise rest is left out: it is some per cent of a
-    transformer's operations and bound by memory.
+    transformer's operations and bound by memory. A row of a ragged product is multiplied by its own group alone.
 
     Args:
         jaxpr: a (closed) jaxpr.
         trips: turns of a `while` whose end depends on data.
+        groups: number of parts that the groups of ragged products lie in, each of which is given all rows.
     """
     inner = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
-    return math.fsum(_flops(equation, trips) for equation in inner.eqns)
+    return math.fsum(_flops(equation, trips, groups) for equation in inner.eqns)
 
 
-def _flops(equation: Any, trips: int) -> float:
+def _flops(equation: Any, trips: int, groups: int) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _dot(equation)
+    if name == "ragged_dot_general":
+        return 2.0 * math.prod(equation.invars[0].aval.shape) * equation.outvars[0].aval.shape[-1] / groups
     if name == "conv_general_dilated":
         kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
         return 2.0 * math.prod(out) * math.prod(kernel) / kernel[params["dimension_numbers"].rhs_spec[0]]
-    inside = [matmul_flops(one, trips=trips) for one in _jaxprs(params)]
+    if name == "shard_map":
+        groups = math.prod(params["mesh"].shape[axis] for axis in rules.RULES["experts"])
+    inside = [matmul_flops(one, trips=trips, groups=groups) for one in _jaxprs(params)]
     if not inside:
         return 0.0
     if name == "scan":

@@ -68,7 +68,7 @@ def estimate(
     again, kept = REMAT[remat]
     tokens, stream = rows * row_tokens, 2.0 * config.embed_dim
     share = config.num_params / mesh["tensor"]
-    compute = 2 * (3 + again) * share * tokens / topology.flops
+    compute = 2 * (3 + again) * config.num_active_params / mesh["tensor"] * tokens / topology.flops
     link = 2 * topology.generation.link / topology.generation.devices_per_chip
     passes = (3 + (again > 0)) * (2 if config.embed_dim / mesh["fsdp"] < 128 else 1)
     gather = passes * 2 * share * (1 - 1 / mesh["fsdp"]) / (link * topology.generation.dims)

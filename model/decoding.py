@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
 
 from ..sharding import mesh as meshes
 from . import attention, processing, speaker
-from . import cache as caches
 from .processing import Sampling
 from .speaker import Caches, Params, Speaker
 
@@ -39,11 +38,10 @@ def lay_out(config: Speaker, params: Params) -> Params:
 
 def axes_of(state: Slots) -> Slots:
     """Logical axes of every array: slots over the data axes, heads over the tensor axis."""
-    cache = jax.tree.map(lambda _: caches.AXES[1:], state.cache)
     rest: dict[str, Any] = {
         name: ("batch", *([None] * (x.ndim - 1))) for name, x in state._asdict().items() if name != "cache"
     }
-    return Slots(cache=cache, **rest)
+    return Slots(cache=speaker.cache_axes(state.cache), **rest)
 
 
 def _constrain(state: Slots) -> Slots:
@@ -85,13 +83,16 @@ def admit(
     """Prefill some prompts once each, copy their keys and values into the slots of their samples, draw first tokens."""
     count, width = prompts.shape
     group = slots.shape[1]
-    fresh = jax.tree.map(lambda x: meshes.constrain(x, *caches.AXES), speaker.empty(config, count, width))
+    fresh = speaker.empty(config, count, width)
+    fresh = jax.tree.map(lambda x, axes: meshes.constrain(x, *axes), fresh, speaker.cache_axes(fresh))
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
     segments = jnp.where(positions < lengths[:, None], attention.BRANCHES, 0)
     how = {"positions": positions, "segments": segments, "last": lengths - 1, "temperature": state.temperature[:1]}
     scores, filled = speaker.scores(config, params, fresh, prompts, **how)
     scores = jnp.repeat(scores, group, axis=0)
-    cache = jax.tree.map(lambda old, new: _place(old, new, slots), state.cache, speaker.unstack(filled))
+    filled = speaker.unstack(filled)
+    place = partial(_place, slots)
+    cache = jax.tree.map(place, state.cache, filled, speaker.cache_axes(filled))
     slots, rows = slots.reshape(-1), rows.reshape(-1)
     warmth = jnp.broadcast_to(state.temperature[0], rows.shape)
     token, logp = processing.draw(scores, _keys(key, rows, jnp.zeros_like(rows)), sampling, temperature=warmth)
@@ -115,8 +116,8 @@ def admit(
     )
 
 
-def _place(old: Array, new: Array, slots: Int[Array, "A G"]) -> Array:
-    """Copy [A, N, P, K] prompt keys into the first P positions of their samples' slots of [B, N, S, K].
+def _place(slots: Int[Array, "A G"], old: Array, new: Array, axes: tuple[str | None, ...]) -> Array:
+    """Copy [A, N, P, K] prompt keys into the first P positions of their samples' slots of [B, N, S, K]; or [A, P, k].
 
     Every device copies the prompts that it has computed into slots that it keeps.
     """
@@ -126,9 +127,9 @@ def _place(old: Array, new: Array, slots: Int[Array, "A G"]) -> Array:
 
     def local(old: Array, new: Array, slots: Array) -> Array:
         values = jnp.repeat(new, slots.shape[1], axis=0)
-        return old.at[slots.reshape(-1), :, : new.shape[-2]].set(values, mode="drop")
+        between = (slice(None),) * (old.ndim - 3)
+        return old.at[(slots.reshape(-1), *between, slice(new.shape[-2]))].set(values, mode="drop")
 
-    axes = caches.AXES[1:]
     return meshes.per_device(local, axes, axes, ("batch", None))(old, new, within)
 
 
@@ -179,6 +180,12 @@ def decode(
         return jnp.any(state.active) & ((jnp.sum(state.active) > enough) | (jnp.max(free) < group))
 
     return jax.lax.while_loop(go_on, step, state)
+
+
+@jax.jit
+def chosen_experts(state: Slots) -> UInt[Array, "B S L k"]:
+    """The experts that every position of the slots' caches went to, in each layer of a mixture."""
+    return jnp.stack(state.cache.experts, axis=2)
 
 
 def _stops(token: Int[Array, " B"], sampling: Sampling) -> Bool[Array, " B"]:

@@ -65,8 +65,8 @@ def read(path: Path | str, *, mesh: jax.sharding.Mesh | None = None) -> tuple[Mo
     )
     heads = {"q": config.num_heads, "k": config.num_kv_heads}
 
-    def read_tensor(name: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
-        values = _dequantize(tensors[NAMES[name].format(layer)], path)
+    def read_tensor(name: str, index: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+        values = _dequantize(tensors[NAMES[name].format(*index)], path)
         if name[0] in heads and name in ("q", "k", "q_bias", "k_bias"):
             values = halves(values, heads[name[0]])
         return layout.from_file(name, values, shape)

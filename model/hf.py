@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints of LlamaForCausalLM: config.json and safetensors, read and written."""
+"""Hugging Face checkpoints of Llama, Qwen3 and its mixtures: config.json and safetensors, read and written."""
 
 import contextlib
 import errno
@@ -30,13 +30,16 @@ NAMES = {
     "attention_norm": "model.layers.{}.input_layernorm.weight",
     **{name: f"model.layers.{{}}.self_attn.{name}_proj.weight" for name in "qkvo"},
     **{f"{name}_bias": f"model.layers.{{}}.self_attn.{name}_proj.bias" for name in "qkvo"},
+    **{f"{name}_norm": f"model.layers.{{}}.self_attn.{name}_norm.weight" for name in "qk"},
     "mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
     **{name: f"model.layers.{{}}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")},
     **{f"{name}_bias": f"model.layers.{{}}.mlp.{name}_proj.bias" for name in ("gate", "up", "down")},
+    "router": "model.layers.{}.mlp.gate.weight",
+    **{f"experts_{name}": f"model.layers.{{}}.mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down")},
     "final_norm": "model.norm.weight",
     "head": "lm_head.weight",
 }
-"""Our parameter name -> the checkpoint's tensor name, with a place for the layer."""
+"""Our parameter name -> the checkpoint's tensor name, with a place for the layer and the expert."""
 
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 
@@ -67,8 +70,8 @@ def read(folder: Path | str, *, mesh: jax.sharding.Mesh | None = None) -> tuple[
                     f"{path}: tensor {name} is of type {piece.get_dtype()}, only {', '.join(FLOAT_TYPES)} can be read"
                 )
 
-        def tensor(name: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
-            theirs = NAMES[name].format(layer)
+        def tensor(name: str, index: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+            theirs = NAMES[name].format(*index)
             return layout.from_file(name, files[theirs][1].get_tensor(theirs), shape)
 
         return config, materialise(config, tensor, mesh=mesh)
@@ -96,7 +99,7 @@ def save_hf(
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {dtype!r}: choose float32 or bfloat16")
     if config.output == "score":
-        raise ValueError("a reward model has no place in LlamaForCausalLM: keep it in the posttrain format")
+        raise ValueError("a reward model has no place in a causal language model: keep it in the posttrain format")
     plan = layout.entries(config, NAMES)
     _check_params(config, params)
     shards = _split(plan, 2 if dtype == "bfloat16" else 4, shard_bytes)
@@ -199,7 +202,7 @@ def _host_tensor(params: Params, entry: Entry, dtype: str) -> np.ndarray:
     leaf: Any = params
     for key in entry.path:
         leaf = leaf[key]
-    piece = leaf if entry.layer is None else leaf[entry.layer]
+    piece = leaf[entry.at] if entry.at else leaf
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         piece = _gather(piece.astype(dtype), leaf.sharding)
     array = np.asarray(piece).astype(jnp.dtype(dtype))

@@ -1,7 +1,8 @@
-"""config.json of a LlamaForCausalLM, to and from ModelConfig. Every field is understood or refused, none is ignored."""
+"""config.json of Llama, Qwen3 and Qwen3-MoE, to and from ModelConfig. Every field is understood or refused."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,42 @@ DEFAULTS = {
 }  # fmt: skip
 """What transformers' LlamaConfig takes where config.json is silent."""
 
-ONLY = {"hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1.0, "attention_dropout": 0.0}
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """An architecture: what its config.json must say, what is meant where it is silent, what means nothing there."""
+
+    architecture: str
+    model_type: str
+    sizes: tuple[str, ...] = SIZES
+    defaults: Mapping[str, Any] = field(default_factory=lambda: DEFAULTS)
+    unused: frozenset[str] = frozenset()
+
+
+_QWEN = {**DEFAULTS, "max_position_embeddings": 32_768, "bos_token_id": None, "eos_token_id": None}
+_WINDOW = frozenset({"sliding_window", "max_window_layers"})  # without use_sliding_window, which is refused
+LLAMA = Family(architecture="LlamaForCausalLM", model_type="llama")
+QWEN3 = Family(
+    architecture="Qwen3ForCausalLM",
+    model_type="qwen3",
+    defaults={**_QWEN, "head_dim": 128, "num_key_value_heads": 32},
+    unused=_WINDOW,
+)
+QWEN3_MOE = Family(
+    architecture="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
+    sizes=(*(s for s in SIZES if s != "intermediate_size"), "moe_intermediate_size", "num_experts_per_tok"),
+    defaults={
+        **_QWEN, "num_key_value_heads": 4, "norm_topk_prob": False, "num_experts": 128, "num_local_experts": None
+    },
+    unused=_WINDOW | {"intermediate_size", "router_aux_loss_coef"},
+)  # fmt: skip
+FAMILIES = {family.architecture: family for family in (LLAMA, QWEN3, QWEN3_MOE)}
+
+ONLY = {
+    "hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1.0, "attention_dropout": 0.0,
+    "decoder_sparse_step": 1,
+}  # fmt: skip
 """Fields of which one value alone is computed here (as are None and False, for any field)."""
 
 DESCRIPTIVE = frozenset({
@@ -61,17 +97,12 @@ def read_config(folder: Path) -> ModelConfig:
 
 def from_fields(fields: Fields, generation: Fields, path: Path) -> ModelConfig:
     """ModelConfig from the fields of config.json and generation_config.json; `path` is named in errors."""
-    architectures = fields.get("architectures") or (["LlamaForCausalLM"] if fields.get("model_type") == "llama" else [])
-    if list(architectures) != ["LlamaForCausalLM"]:
-        raise ValueError(
-            f"{path}: architecture {architectures} (model_type {fields.get('model_type')!r}) is not supported, "
-            "only LlamaForCausalLM is: convert the checkpoint or choose another"
-        )
-    missing = [name for name in SIZES if name not in fields]
+    family = _family(fields, path)
+    missing = [name for name in family.sizes if name not in fields]
     if missing:
-        raise ValueError(f"{path}: {', '.join(missing)} missing: the file is not a complete Llama config")
-    _refuse_unknown(fields, path)
-    values = {**DEFAULTS, **fields}
+        raise ValueError(f"{path}: {', '.join(missing)} missing: the file is not a complete {family.model_type} config")
+    _refuse_unknown(fields, family, path)
+    values = {**family.defaults, **fields}
     heads = values["num_attention_heads"]
     head_dim = values["head_dim"] or values["hidden_size"] // heads
     theta, scaling = _rope(values, head_dim, path)
@@ -83,13 +114,15 @@ def from_fields(fields: Fields, generation: Fields, path: Path) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=values["num_key_value_heads"] or heads,
         head_dim=head_dim,
-        mlp_dim=values["intermediate_size"],
+        mlp_dim=values["moe_intermediate_size" if family is QWEN3_MOE else "intermediate_size"],
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=values["rms_norm_eps"],
         tie_embeddings=bool(values["tie_word_embeddings"]),
         attention_bias=bool(values["attention_bias"]),
         mlp_bias=bool(values["mlp_bias"]),
+        qk_norm=family is not LLAMA,
+        **(_mixture(values) if family is QWEN3_MOE else {}),
         context=values["max_position_embeddings"],
         bos_id=values["bos_token_id"],
         eos_ids=tuple(dict.fromkeys(stops)),
@@ -99,10 +132,15 @@ def from_fields(fields: Fields, generation: Fields, path: Path) -> ModelConfig:
 
 
 def to_fields(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The fields of config.json for weights of a type; the spelling that transformers 4 and 5 both read."""
+    """The fields of config.json for weights of a type; the spelling that transformers 4 and 5 both read.
+
+    Raises:
+        ValueError: for a combination that no architecture of transformers has.
+    """
+    family = _family_of(config)
     fields: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,
         "intermediate_size": config.mlp_dim,
@@ -116,14 +154,52 @@ def to_fields(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
+        **({"mlp_bias": config.mlp_bias} if family is LLAMA else {}),
         "rope_theta": config.rope_theta,
         "torch_dtype": dtype,
         "use_cache": True,
     }
+    if family is QWEN3_MOE:
+        fields |= {
+            "intermediate_size": config.mlp_dim * config.experts_per_token,
+            "moe_intermediate_size": config.mlp_dim,
+            "num_experts": config.num_experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "norm_topk_prob": config.norm_topk_prob,
+        }
     if config.rope_scaling is not None:
         fields["rope_scaling"] = _rope_fields(config.rope_scaling, config.context)
     return {**fields, **token_fields(config)}
+
+
+def _family(fields: Fields, path: Path) -> Family:
+    """The architecture that a config.json is of."""
+    types = {family.model_type: [name] for name, family in FAMILIES.items()}
+    named = list(fields.get("architectures") or types.get(fields.get("model_type", ""), []))
+    if len(named) != 1 or named[0] not in FAMILIES:
+        raise ValueError(
+            f"{path}: architecture {named} (model_type {fields.get('model_type')!r}) is not supported, "
+            f"only {', '.join(FAMILIES)} are: convert the checkpoint or choose another"
+        )
+    return FAMILIES[named[0]]
+
+
+def _family_of(config: ModelConfig) -> Family:
+    if bool(config.num_experts) > config.qk_norm or (config.qk_norm and config.mlp_bias):
+        raise ValueError(
+            f"no architecture of transformers has qk_norm {config.qk_norm}, mlp_bias {config.mlp_bias} and "
+            f"{config.num_experts} experts: keep the model in the posttrain format"
+        )
+    return QWEN3_MOE if config.num_experts else QWEN3 if config.qk_norm else LLAMA
+
+
+def _mixture(values: Fields) -> dict[str, Any]:
+    """What a mixture has beside a dense model; transformers 5 writes num_experts under another name."""
+    return {
+        "num_experts": values["num_local_experts"] or values["num_experts"],
+        "experts_per_token": values["num_experts_per_tok"],
+        "norm_topk_prob": bool(values["norm_topk_prob"]),
+    }
 
 
 def token_fields(config: ModelConfig) -> dict[str, Any]:
@@ -150,7 +226,8 @@ def _ids(value: int | list[int] | None) -> list[int]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def _refuse_unknown(fields: Fields, path: Path) -> None:
+def _refuse_unknown(fields: Fields, family: Family, path: Path) -> None:
+    known = {*family.defaults, *family.sizes, *family.unused, *DESCRIPTIVE}
     for name, value in fields.items():
         if value is None or value is False:
             continue
@@ -162,10 +239,10 @@ def _refuse_unknown(fields: Fields, path: Path) -> None:
         elif name == "layer_types":
             if set(value) != {"full_attention"}:
                 raise ValueError(f"{path}: layer_types is {value!r}, only full_attention is supported")
-        elif name not in DEFAULTS and name not in SIZES and name not in DESCRIPTIVE and value not in ({}, []):
+        elif name not in known and value not in ({}, []):
             raise ValueError(
-                f"{path}: field {name} = {value!r} is not supported for LlamaForCausalLM: remove it if it does not "
-                "change what the model computes"
+                f"{path}: field {name} = {value!r} is not supported for {family.architecture}: remove it if it "
+                "does not change what the model computes"
             )
 
 

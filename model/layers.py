@@ -5,11 +5,11 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from ..sharding import mesh as meshes
-from . import attention, flash, rope
-from .cache import Cache, read, write
+from . import attention, flash, moe, rope
+from .cache import Cache, note, read, write
 from .config import ModelConfig
 
 PARAM_AXES: dict[str, tuple[str, ...]] = {
@@ -34,28 +34,33 @@ PARAM_AXES: dict[str, tuple[str, ...]] = {
     "gate_bias": ("mlp",),
     "up_bias": ("mlp",),
     "down_bias": ("norm",),
+    "q_norm": ("norm",),
+    "k_norm": ("norm",),
+    **moe.PARAM_AXES,
 }
 """Logical axes of every parameter by its name; parameters under `layers` have one more, leading axis."""
 
 
-def rms_norm(x: Float[Array, "B T D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "B T D"]:
+def rms_norm(x: Float[Array, "B T *H D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "B T *H D"]:
     """x / rms(x) * scale in float32, returned in x's type. https://arxiv.org/abs/1910.07467"""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
-    return (wide * scale[None, None, :].astype(jnp.float32)).astype(x.dtype)
+    return (wide * jnp.expand_dims(scale, range(x.ndim - 1)).astype(jnp.float32)).astype(x.dtype)
 
 
 class Where(NamedTuple):
     """What every layer must know of the tokens at hand: positions, the rotary angles of them, who sees whom.
 
     That is a mask, or, for the kernel that makes its own, the segments of packed rows. Keys and values are those of the
-    packed rows themselves, or with `cached` all that the cache holds.
+    packed rows themselves, or with `cached` all that the cache holds. `experts`, if given, are those that every layer's
+    mixture takes, whatever its router says.
     """
 
     positions: Int[Array, "B T"]
     angles: tuple[Float[Array, "B T K2"], Float[Array, "B T K2"]]
     seen: Bool[Array, "B T S"] | Int[Array, "B T"]
     cached: bool
+    experts: Integer[Array, "L B T k"] | None = None
 
 
 class Attention(nn.Module):
@@ -99,6 +104,8 @@ class Attention(nn.Module):
             out = (
                 out + self.param(f"{name}_bias", nn.initializers.zeros, (heads, c.head_dim)).astype(x.dtype)[None, None]
             )
+        if c.qk_norm and name != "v":
+            out = rms_norm(out, self.param(f"{name}_norm", nn.initializers.ones, (c.head_dim,)), c.norm_eps)
         return meshes.constrain(out, "batch", "length", "heads" if name == "q" else "kv_heads", "head_dim")
 
 
@@ -179,8 +186,14 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         out, cache = Attention(self.config, name="attention")(self._norm(x, "attention_norm"), cache, layer, where)
         x = meshes.constrain(x + out, "batch", "length", None)
-        x = x + Mlp(self.config, name="mlp")(self._norm(x, "mlp_norm"))
-        return meshes.constrain(x, "batch", "length", None), cache
+        normed = self._norm(x, "mlp_norm")
+        if self.config.num_experts:
+            given = None if where.experts is None else where.experts[layer].astype(jnp.int32)
+            out, chosen = moe.Moe(self.config, name="mlp")(normed, given)
+            cache = None if cache is None else note(cache, layer, where.positions, chosen)
+        else:
+            out = Mlp(self.config, name="mlp")(normed)
+        return meshes.constrain(x + out, "batch", "length", None), cache
 
     def _norm(self, x: Array, name: str) -> Array:
         return rms_norm(

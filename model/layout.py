@@ -1,4 +1,4 @@
-"""How other people's files lay out a decoder: one tensor per layer, kernels as [outputs, inputs]."""
+"""How other people's files lay out a decoder: one tensor per layer and expert, kernels as [outputs, inputs]."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -11,15 +11,19 @@ import numpy as np
 from . import transformer
 from .config import ModelConfig
 
-INPUT_DIMS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
+EXPERT_KERNELS = ("experts_gate", "experts_up", "experts_down")
+INPUT_DIMS = {
+    "q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1, "router": 1,
+    **dict.fromkeys(EXPERT_KERNELS, 1),
+}  # fmt: skip
 """How many leading dimensions of each kernel here are inputs; files have [outputs, inputs]."""
 
 
 class Entry(NamedTuple):
-    """One tensor of a file: which parameter and layer it is, and its shape there."""
+    """One tensor of a file: which parameter, its layer (and expert) if it is stacked here, and its shape there."""
 
     path: tuple[str, ...]
-    layer: int | None
+    at: tuple[int, ...]
     shape: tuple[int, ...]
 
 
@@ -28,7 +32,7 @@ def entries(config: ModelConfig, names: Mapping[str, str]) -> dict[str, Entry]:
 
     Args:
         config: the model.
-        names: parameter name -> tensor name with `{}` for the layer, in the order within a layer.
+        names: parameter name -> tensor name with `{}` for layer and expert, in the order within a layer.
     """
     leaves = {
         tuple(part.key for part in path): leaf.shape
@@ -38,18 +42,21 @@ def entries(config: ModelConfig, names: Mapping[str, str]) -> dict[str, Entry]:
     found: list[tuple[tuple[int, int], str, Entry]] = []
     for path, shape in leaves.items():
         name, rank = path[-1], order.index(path[-1])
-        if path[0] == "layers":
-            for layer in range(shape[0]):
-                entry = Entry(path, layer, file_shape(name, shape[1:]))
-                found.append(((layer, rank), names[name].format(layer), entry))
-        else:
-            place = -1 if name == "embedding" else config.num_layers
-            found.append(((place, rank), names[name], Entry(path, None, file_shape(name, shape))))
+        stack = stacked(path[0], name)
+        for index in np.ndindex(*shape[:stack]):
+            place = index[0] if index else -1 if name == "embedding" else config.num_layers
+            entry = Entry(path, index, file_shape(name, shape[stack:]))
+            found.append(((place, rank), names[name].format(*index), entry))
     return {name: entry for _, name, entry in sorted(found, key=lambda item: item[0])}
 
 
+def stacked(root: str, name: str) -> int:
+    """How many leading dimensions of a parameter here are of separate tensors in files: layers, experts."""
+    return 0 if root != "layers" else 2 if name in EXPERT_KERNELS else 1
+
+
 def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape in a file of a parameter (one layer of it) that has this shape here."""
+    """Shape in a file of a parameter (one layer or expert of it) that has this shape here."""
     if name in INPUT_DIMS:
         split = INPUT_DIMS[name]
         return math.prod(shape[split:]), math.prod(shape[:split])
@@ -62,7 +69,7 @@ def from_file(name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarr
 
 
 def to_file(name: str, array: np.ndarray) -> np.ndarray:
-    """One layer's parameter in a file's layout; a view, no copy."""
+    """One layer's (or expert's) parameter in a file's layout; a view, no copy."""
     theirs = file_shape(name, array.shape)
     return array.reshape(theirs[::-1]).T if name in INPUT_DIMS else array.reshape(theirs)
 

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import transformer
+from . import layout, transformer
 from .config import ModelConfig
 from .transformer import Params
 
-ReadTensor = Callable[[str, int | None, tuple[int, ...]], np.ndarray]
-"""(parameter name, layer or None, shape) -> that layer's array in this project's layout, any float type."""
+ReadTensor = Callable[[str, tuple[int, ...], tuple[int, ...]], np.ndarray]
+"""(parameter name, its layer and expert, shape) -> that one's array in this project's layout, any float type."""
 
 Bounds = tuple[tuple[int, int], ...]
 
@@ -19,7 +19,7 @@ Bounds = tuple[tuple[int, int], ...]
 def materialise(config: ModelConfig, read_tensor: ReadTensor, *, mesh: jax.sharding.Mesh | None) -> Params:
     """Float32 parameters of a model, each placed by its sharding (on the default device without a mesh).
 
-    The host holds one leaf at a time: the parts that this process's devices keep, plus one layer's tensor.
+    The host holds one leaf at a time: the parts that this process's devices keep, and one tensor of the file.
     """
     shapes = transformer.abstract_params(config)
     if mesh is None:
@@ -43,20 +43,23 @@ def _leaf(
         regions = {
             bounds: np.empty([stop - start for start, stop in bounds], np.float32) for bounds in local or [whole]
         }
-    if path[0].key == "layers":
-        for layer in range(shape[0]):
-            tensor = read_tensor(name, layer, shape[1:])
-            for bounds, region in regions.items():
-                if bounds[0][0] <= layer < bounds[0][1]:
-                    region[layer - bounds[0][0]] = tensor[_slices(bounds[1:])]
-    else:
-        tensor = read_tensor(name, None, shape)
-        for bounds, region in regions.items():
-            region[...] = tensor[_slices(bounds)]
+    stack = layout.stacked(path[0].key, name)
+    for index in np.ndindex(*shape[:stack]):
+        holders = [bounds for bounds in regions if _within(index, bounds)]
+        if not holders:
+            continue
+        tensor = read_tensor(name, index, shape[stack:])
+        for bounds in holders:
+            local = tuple(at - start for at, (start, _) in zip(index, bounds, strict=False))
+            regions[bounds][local or ...] = tensor[_slices(bounds[stack:])]
     if place is None:
         return jax.device_put(regions[whole]).block_until_ready()
     array = jax.make_array_from_callback(shape, place, lambda index: regions[_bounds(index or (), shape)])
     return array.block_until_ready()
+
+
+def _within(index: tuple[int, ...], bounds: Bounds) -> bool:
+    return all(start <= at < stop for at, (start, stop) in zip(index, bounds, strict=False))
 
 
 def _bounds(index: Sequence[slice], shape: tuple[int, ...]) -> Bounds:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..sharding import mesh as meshes
 from . import decoding, transformer
+from .config import ModelConfig
 from .processing import Sampling
 from .speaker import Params, Speaker
 
@@ -32,13 +33,16 @@ class Generation(NamedTuple):
     `tokens` ends with the stop token if `finish` is "stop"; "length" means cut at the limit. `logp` holds, per token,
     its log-probability under the distribution that it was drawn from (after temperature, top-k, top-p, min-p), float32.
     `kept`, if asked for, holds per token which tokens that distribution could draw, eight to a byte: uint8
-    [n, ceil(V / 8)], unpacked by `np.unpackbits(kept, axis=-1, count=V)`.
+    [n, ceil(V / 8)], unpacked by `np.unpackbits(kept, axis=-1, count=V)`. `experts`, if asked for, holds which experts
+    of a mixture each token of prompt and answer went to in each layer, but for the last, which went to none: unsigned
+    [P + n - 1, L, k].
     """
 
     tokens: np.ndarray
     logp: np.ndarray
     finish: Literal["stop", "length"]
     kept: np.ndarray | None = None
+    experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,7 @@ def generate(
     slots: int = 64,
     mesh: jax.sharding.Mesh | None = None,
     return_kept: bool = False,
+    return_experts: bool = False,
     on_finish: Callable[[int], None] | None = None,
 ) -> list[list[Generation]]:
     """Sample `num_samples` answers to every prompt.
@@ -77,19 +82,26 @@ def generate(
             share its prefill where they fit the slots of one of the mesh's parts of a batch.
         mesh: shards the slots over its data axes and the heads over its tensor axis.
         return_kept: whether to hand back `kept`, which takes V / 8 bytes a token.
+        return_experts: whether to hand back `experts`, which takes L k bytes a token (twice that beyond 256 experts).
         on_finish: called with the number of answers that have just ended (for progress bars).
 
     Returns:
         A list of answers per prompt, in order.
 
     Raises:
-        ValueError: for an empty prompt, or one that leaves no room for an answer in the model's context.
+        ValueError: for an empty prompt, or one that leaves no room for an answer in the model's context; for
+            `return_experts` of a model that has none.
     """
     _check(config, prompts, sampling)
+    if return_experts and not (isinstance(config, ModelConfig) and config.num_experts):
+        raise ValueError(
+            "return_experts asks for the experts of a mixture, and the model is dense, or two that are mixed"
+        )
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         parts = meshes.batch_parts(mesh) if mesh is not None else 1
         engine = _Engine((config, params), prompts, num_samples, sampling, noise, slots, parts)
-        return engine.run(on_finish or (lambda _: None), return_kept=return_kept)
+        wanted = {"return_kept": return_kept, "return_experts": return_experts}
+        return engine.run(on_finish or (lambda _: None), **wanted)
 
 
 def bucket(size: int, *, minimum: int = 16) -> int:
@@ -215,7 +227,9 @@ class _Engine:
         self.holds: list[tuple[int, int] | None] = [None] * self.num_slots
         self.answers: list[list[Any]] = [[None] * num_samples for _ in prompts]
 
-    def run(self, on_finish: Callable[[int], None], *, return_kept: bool) -> list[list[Generation]]:
+    def run(
+        self, on_finish: Callable[[int], None], *, return_kept: bool, return_experts: bool
+    ) -> list[list[Generation]]:
         if not self.prompts:
             return []
         static = (self.config, self.sampling.compiled)
@@ -228,7 +242,7 @@ class _Engine:
                 state = decoding.admit(*static, self.params, state, key, *self._admission(units))
             enough = self.num_slots - self.refill if self.waiting else 0
             state = decoding.decode(*static, self.decoder, state, key, enough, self.group)
-            on_finish(self._collect(state))
+            on_finish(self._collect(state, return_experts=return_experts))
         return self.answers
 
     def _next_units(self) -> list[list[tuple[_Unit, list[int]]]]:
@@ -273,18 +287,22 @@ class _Engine:
         most = _most(self.part // self.group, self.width)
         return next(room for room in (-(-most // 8), -(-most // 4), -(-most // 2), most) if room >= count)
 
-    def _collect(self, state: decoding.Slots) -> int:
+    def _collect(self, state: decoding.Slots, *, return_experts: bool) -> int:
         """Take finished answers out of their slots; returns how many."""
         active, count, token = (meshes.to_host(x) for x in (state.active, state.count, state.token))
         done = [slot for slot, held in enumerate(self.holds) if held is not None and not active[slot]]
         if not done:
             return 0
         tokens, logp, kept = (meshes.to_host(x) for x in (state.tokens, state.logp, state.kept))
+        experts = meshes.to_host(decoding.chosen_experts(state)) if return_experts else None
         for slot in done:
             prompt, sample = self.holds[slot]  # pyright: ignore[reportGeneralTypeIssues]
             n = int(count[slot])
             finish = "stop" if int(token[slot]) in self.sampling.stop_ids else "length"
             support = kept[slot, :n].copy() if kept.shape[-1] else None
-            self.answers[prompt][sample] = Generation(tokens[slot, :n].copy(), logp[slot, :n].copy(), finish, support)
+            fed = len(self.prompts[prompt]) + n - 1
+            went = None if experts is None else experts[slot, :fed].copy()
+            answer = Generation(tokens[slot, :n].copy(), logp[slot, :n].copy(), finish, support, went)
+            self.answers[prompt][sample] = answer
             self.holds[slot] = None
         return len(done)

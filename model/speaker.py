@@ -70,6 +70,11 @@ def unstack(cache: Caches) -> Caches:
     return caches.unstack(cache) if isinstance(cache, Cache) else tuple(map(caches.unstack, cache))
 
 
+def cache_axes(cache: Caches) -> Caches:
+    """The logical axes of every array: see `cache.axes`."""
+    return caches.axes(cache) if isinstance(cache, Cache) else tuple(map(caches.axes, cache))
+
+
 def for_decoding(config: Speaker, params: Params) -> Params:
     """The weights as a decoding loop wants them: see `transformer.for_decoding`."""
     if isinstance(config, Mixed):

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from ..sharding import mesh as meshes
 from . import attention, logp, rope
@@ -72,6 +72,7 @@ def apply(
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"] | None = None,
     cache: Cache | None = None,
+    experts: Integer[Array, "B T L k"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Final hidden states of some tokens, and the cache with their keys and values.
 
@@ -82,10 +83,14 @@ def apply(
         positions: rotary positions; with a cache also the slots that the tokens take.
         segments: who attends to whom among these tokens (see `attention.segment_mask`).
         cache: where their keys and values are put. Without `segments`, queries see its slots up to their own position.
+        experts: which experts each token goes to in each layer of a mixture, instead of those that its router chooses.
+            Those are put into the cache.
 
     Returns:
         Hidden states after the last norm in the compute type, and the updated cache (None if none was given).
     """
+    if experts is not None and not config.num_experts:
+        raise ValueError("experts are given, and the model is dense: it has none to choose from")
     if segments is not None:
         seen = segments if meshes.platform() == "tpu" else attention.segment_mask(segments)
     elif cache is not None:
@@ -94,7 +99,8 @@ def apply(
         raise ValueError("apply needs `segments` (training) or `cache` (decoding) to know who attends to whom")
     ends = {name: value for name, value in params.items() if name != "layers"}
     x = _run(Ends(config), ends, tokens, method="embed")
-    where = Where(positions, rope.angles(config, positions), seen, cached=segments is None)
+    chosen = None if experts is None else jnp.moveaxis(experts, 2, 0)
+    where = Where(positions, rope.angles(config, positions), seen, cached=segments is None, experts=chosen)
     x, cache = _layers(config, params["layers"], (x, cache), where)
     return _run(Ends(config), ends, x, method="norm"), cache
 

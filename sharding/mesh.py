@@ -1,7 +1,7 @@
 """Device meshes, and how trees of arrays lie on them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -116,6 +116,62 @@ def per_device(function: Callable[..., jax.Array], *axes: rules.LogicalAxes) -> 
         return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arguments)
 
     return call
+
+
+def summed_per_device(
+    function: Callable[..., jax.Array], *axes: rules.LogicalAxes, whole: Sequence[str], over: Sequence[str]
+) -> Callable[..., jax.Array]:
+    """As `per_device`, for a `function` that makes a part of a sum of each device's parts of a contracted axis.
+
+    Args:
+        function: what one device computes; without a mesh set by `jax.set_mesh`, what is computed.
+        axes: the logical axes of each argument.
+        whole: logical axes that each device gathers before it computes. Their gradients are scattered, then summed.
+        over: logical axes over whose parts the result is summed.
+    """
+
+    def call(*arguments: jax.Array) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return function(*arguments)
+        specs = tuple(rules.spec(names, x.shape, mesh) for names, x in zip(axes, arguments, strict=True))
+        places = [
+            dict(zip(names, rules.split(names, x.shape, mesh), strict=True))
+            for names, x in zip(axes, arguments, strict=True)
+        ]
+        own = [{axis for parts in place.values() for axis in parts} for place in places]
+        used = set().union(*own)
+        summed = {axis for place in places for name in over for axis in place.get(name, ())}
+
+        def in_order(chosen: set[str]) -> tuple[str, ...]:  # the same on every host, which a set is not
+            return tuple(axis for axis in mesh.axis_names if axis in chosen)
+
+        def local(*parts: jax.Array) -> jax.Array:
+            parts = tuple(
+                _gathered(_varying(x, in_order(used - mine)), names, place, whole)
+                for x, mine, names, place in zip(parts, own, axes, places, strict=True)
+            )
+            out = jax.lax.psum(function(*parts), in_order(summed)) if summed else function(*parts)
+            alike = in_order(used - summed - own[0])  # devices that have all computed the same
+            return jax.lax.pmean(out, alike) if alike else out
+
+        return jax.shard_map(local, in_specs=specs, out_specs=specs[0])(*arguments)
+
+    return call
+
+
+def _varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`x`, of which each device along these axes has a gradient of its own. Before a gather: else whole ones add up."""
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
+def _gathered(
+    x: jax.Array, names: rules.LogicalAxes, place: Mapping[str | None, tuple[str, ...]], whole: Sequence[str]
+) -> jax.Array:
+    for name in whole:
+        if parts := place.get(name):
+            x = jax.lax.all_gather(x, parts, axis=names.index(name), tiled=True)
+    return x
 
 
 def platform() -> str:

@@ -9,6 +9,7 @@ MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "rows": ("data", "expert"),
+    "dispatched": ("data", "fsdp"),
     "draws": ("data", "fsdp", "expert", "context", "tensor"),
     "length": ("context",),
     "vocab": ("tensor",),
@@ -17,6 +18,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "experts": ("expert",),
+    "choices": (),
     "layers": (),
     "head_dim": (),
     "norm": (),
@@ -39,18 +41,22 @@ def spec(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> 
     Raises:
         ValueError: for a name that is not in the table, or another number of axes than dimensions.
     """
+    return PartitionSpec(*(parts or None for parts in split(axes, shape, mesh)))
+
+
+def split(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> list[tuple[str, ...]]:
+    """The mesh axes that each dimension lies over, as `spec` says."""
     if len(axes) != len(shape):
         raise ValueError(
             f"logical axes {axes} do not fit an array of shape {tuple(shape)}: give one name per dimension"
         )
     used: set[str] = set()
-    entries = [_entry(axis, size, mesh, used) for axis, size in zip(axes, shape, strict=True)]
-    return PartitionSpec(*entries)
+    return [_entry(axis, size, mesh, used) for axis, size in zip(axes, shape, strict=True)]
 
 
-def _entry(axis: str | None, size: int, mesh: Mesh | AbstractMesh, used: set[str]) -> tuple[str, ...] | None:
+def _entry(axis: str | None, size: int, mesh: Mesh | AbstractMesh, used: set[str]) -> tuple[str, ...]:
     if axis is None:
-        return None
+        return ()
     if axis not in RULES:
         raise ValueError(f"unknown logical axis {axis!r}: the table in sharding/rules.py has {sorted(RULES)}")
     chosen: list[str] = []
@@ -60,7 +66,7 @@ def _entry(axis: str | None, size: int, mesh: Mesh | AbstractMesh, used: set[str
             chosen.append(mesh_axis)
             used.add(mesh_axis)
             size //= parts
-    return tuple(chosen) or None
+    return tuple(chosen)
 
 
 def replicated() -> PartitionSpec:

@@ -36,7 +36,7 @@ def file_tensors(config: model.ModelConfig, params) -> dict[str, np.ndarray]:
         leaf = params
         for key in entry.path:
             leaf = leaf[key]
-        rows = layout.to_file(entry.path[-1], leaf if entry.layer is None else leaf[entry.layer])
+        rows = layout.to_file(entry.path[-1], leaf[entry.at] if entry.at else leaf)
         heads = {"q": config.num_heads, "k": config.num_kv_heads}.get(entry.path[-1].removesuffix("_bias"))
         tensors[name] = np.ascontiguousarray(interleaved(rows, heads) if heads else rows)
     return tensors

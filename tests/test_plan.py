@@ -175,7 +175,7 @@ def test_published_shapes_open_without_weights_and_only_without():
     assert checkpoint.open_config("qwen2.5-32b").num_params == pytest.approx(32_763_876_352, rel=1e-4)
     with pytest.raises(FileNotFoundError, match="'llama3.1-8b' is a shape without weights"):
         checkpoint.open_model("llama3.1-8b", meshes.make_mesh())
-    assert set(configs.PUBLISHED) == {"llama3.1-8b", "qwen2.5-32b", "llama3.1-70b"}
+    assert set(configs.PUBLISHED) == {"llama3.1-8b", "qwen2.5-32b", "llama3.1-70b", "qwen3-30b-a3b"}
 
 
 @needs_compiler

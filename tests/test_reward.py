@@ -262,5 +262,5 @@ def test_each_kind_of_model_is_refused_where_the_other_belongs(trained, params):
         transformer.logits(CONFIG, params, jnp.zeros((1, 1, 32)))
     with pytest.raises(ValueError, match="without a scalar head"):
         transformer.score(CONFIG.replace(output="logits"), params, jnp.zeros((1, 1, 32)))
-    with pytest.raises(ValueError, match="no place in LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="no place in a causal language model"):
         hf.save_hf(trained / "hf", CONFIG, params)

@@ -134,13 +134,13 @@ def model_folder(path_or_name: str | Path) -> Path | None:
 def open_model(path_or_name: str | Path, mesh: jax.sharding.Mesh) -> Model:
     """Load a model for use on a mesh: a stage's folder, a Hugging Face folder, a GGUF file, or a known name.
 
-    The name "tiny" makes a small random model with a byte-level tokenizer on the spot.
+    The names "tiny" and "tiny-moe" make a small random model with a byte-level tokenizer on the spot.
 
     Raises:
         FileNotFoundError, ValueError: one sentence that says what is wrong with the path.
     """
-    if path_or_name == "tiny":
-        return _tiny(mesh)
+    if path_or_name in configs.ON_THE_SPOT:
+        return _tiny(str(path_or_name), mesh)
     folder = model_folder(path_or_name)
     if folder is None:
         config, params = pretrained.load(path_or_name, mesh=mesh)
@@ -151,29 +151,29 @@ def open_model(path_or_name: str | Path, mesh: jax.sharding.Mesh) -> Model:
 
 def open_config(path_or_name: str | Path) -> ModelConfig:
     """The shape of a model, without its weights."""
-    if path_or_name == "tiny":
-        return _tiny_config()
+    if path_or_name in configs.ON_THE_SPOT:
+        return _tiny_config(str(path_or_name))
     folder = model_folder(path_or_name)
     return configs.from_json(folder / "model.json") if folder else pretrained.read_config(path_or_name)
 
 
 def open_tokenizer(path_or_name: str | Path) -> Tokenizer:
     """The tokenizer of a model, without its weights."""
-    if path_or_name == "tiny":
+    if path_or_name in configs.ON_THE_SPOT:
         return tokenizers.tiny()
     folder = model_folder(path_or_name)
     return tokenizers.load(folder / "tokenizer" if folder else pretrained.locate(path_or_name))
 
 
-def _tiny_config() -> ModelConfig:
+def _tiny_config(name: str) -> ModelConfig:
     tokenizer = tokenizers.tiny()
-    return configs.TINY.replace(
+    return configs.ON_THE_SPOT[name].replace(
         vocab_size=tokenizer.vocab_size, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id
     )
 
 
-def _tiny(mesh: jax.sharding.Mesh) -> Model:
-    config = _tiny_config()
+def _tiny(name: str, mesh: jax.sharding.Mesh) -> Model:
+    config = _tiny_config(name)
     make = jax.jit(functools.partial(transformer.init, config), out_shardings=transformer.shardings(config, mesh))
     return Model(config, make(jax.random.key(0)), tokenizers.tiny())
 

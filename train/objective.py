@@ -13,7 +13,7 @@ that were published are functions below that return one, and `dataclasses.replac
     dual_clip    DualClip              group_normalized   per_sequence    KLLoss(k3)
     rloo         Reinforce             leave_one_out      PerBudget(1)    KLReward(k1)
     reinforce_plus_plus  Clip          raw, whitened      per_token       KLReward(k1)
-    deepseek_v32 DropDrifted(Clip)     group_centered     per_sequence    UnbiasedKL            sampling mask kept
+    deepseek_v32 DropDrifted(Clip)     group_centered     per_sequence    UnbiasedKL            masks and routing kept
 """
 
 import functools
@@ -114,6 +114,9 @@ class Objective:
     correction  weights for a sampler whose probabilities are not the trainer's
     old_policy  what pi_old is: `correction.scored`, `sampler` or `interpolated`
     selection   which groups of answers a step learns from
+    keep_routing  whether tokens go to the experts that the sampler chose for them: DeepSeek-V3.2's Keep Routing, also
+                known as Rollout Routing Replay (R3), https://arxiv.org/abs/2510.11370. Of mixtures of experts only; the
+                reference of a KL term goes by its own router
     keep_sampling_mask  whether policies are normalised over the tokens that the sampler could draw (top-k, top-p,
                 min-p): DeepSeek-V3.2's Keep Sampling Mask, without which truncated sampling is refused
     """
@@ -128,6 +131,7 @@ class Objective:
     old_policy: Callable[[Float[Array, "B T"], Mapping[str, Array]], Float[Array, "B T"]] = scored
     selection: Selection = field(default_factory=Informative)
     keep_sampling_mask: bool = False
+    keep_routing: bool = False
 
     def scores_old(self, updates: int) -> bool:
         """Whether the policy is scored before the updates of a step: they are several, or its KL is in the reward."""
@@ -310,11 +314,13 @@ def reinforce_plus_plus(*, kl_weight: float = 0.01, baseline: Baseline = advanta
     )
 
 
-def deepseek_v32(*, delta: float = 0.5, kl_weight: float = 0.001, keep_sampling_mask: bool = True) -> Objective:
+def deepseek_v32(
+    *, delta: float = 0.5, kl_weight: float = 0.001, keep_sampling_mask: bool = True, keep_routing: bool = False
+) -> Objective:
     """DeepSeek-V3.2's GRPO, https://arxiv.org/abs/2512.02556, section 3.1, which publishes no number: these are ours.
 
     Where the sampler's probabilities are not the trainer's, replace `old_policy` by `correction.sampler`: the KL term
-    is unbiased only if pi_old is the policy that sampled.
+    is unbiased only if pi_old is the policy that sampled. For a mixture of experts, the paper has `keep_routing`.
     """
     return Objective(
         surrogate=DropDrifted(delta=delta),
@@ -323,4 +329,5 @@ def deepseek_v32(*, delta: float = 0.5, kl_weight: float = 0.001, keep_sampling_
         correction=Uncorrected(),
         selection=Everything(),
         keep_sampling_mask=keep_sampling_mask,
+        keep_routing=keep_routing,
     )

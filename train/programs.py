@@ -54,13 +54,21 @@ _KINDS = {**dict.fromkeys(_INTEGERS, jnp.int32), "kept": jnp.uint8}
 
 
 def abstract_batch(
-    compute: Compute, mesh: jax.sharding.Mesh, fields: Mapping[str, tuple[int, ...]] | None = None
+    compute: Compute,
+    mesh: jax.sharding.Mesh,
+    fields: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    kinds: Mapping[str, Any] | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a micro-batch on a mesh; `fields` are further ones, with what follows [B, T] of their shape."""
+    """Shapes of a micro-batch on a mesh; `fields` are further ones, with what follows [B, T] of their shape.
+
+    `kinds` are types of fields beside those that are the same everywhere.
+    """
+    types = {**_KINDS, **(kinds or {})}
     shape = (compute.rows(mesh), compute.row_tokens)
     batch = {name: jax.ShapeDtypeStruct(shape, _KINDS.get(name, jnp.float32)) for name in FIELDS}
     for name, rest in (fields or {}).items():
-        batch[name] = jax.ShapeDtypeStruct((*shape, *rest), _KINDS.get(name, jnp.float32))
+        batch[name] = jax.ShapeDtypeStruct((*shape, *rest), types.get(name, jnp.float32))
     where = meshes.batch_shardings(batch, mesh)
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[name]) for name, x in batch.items()}
 

@@ -17,7 +17,7 @@ import optax
 from ..data.shuffle import Shuffled
 from ..data.task import Task, TaskSource
 from ..data.verify.pool import VerifierPool
-from ..model import sample, transformer
+from ..model import sample
 from ..model.config import ModelConfig
 from ..model.processing import Sampling
 from ..sharding import mesh as meshes
@@ -41,14 +41,13 @@ def loss(config: ModelConfig, objective: Objective | None = None, *, temperature
 
     The batch's fields are those of `objective.fields`: advantage, behavior_logp (the sampler's); old_logp when several
     updates share a rollout (without it the policy at hand is the old one); reference_logp when there is a KL term; kept
-    when the sampling mask is. Sampler and trainer are compared in the metrics whether that is corrected or not.
+    when the sampling mask is, experts when the routing is. Sampler and trainer are compared in the metrics whether that
+    is corrected or not.
     """
     parts = objective or Objective()
 
     def compute(params: Any, batch: Any) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        hidden, _ = transformer.apply(
-            config, params, batch["tokens"], positions=batch["positions"], segments=batch["segments"]
-        )
+        hidden = score.hidden(config, params, batch)
         logp = score.target_logp(config, params, hidden, batch, temperature=temperature)
         tokens = Tokens(
             logp=logp,
@@ -126,7 +125,7 @@ class RL:
     def train(self, out: Path, mesh: jax.sharding.Mesh | None = None) -> None:
         """Run to the end, from the newest checkpoint in `out`; the model is then in `out`/model."""
         mesh = mesh or meshes.make_mesh()
-        config = self.compute.configure(checkpoint.open_config(self.start))
+        config = self._config()
         tokenizer = checkpoint.open_tokenizer(self.start)
         optimizer = self._optimizer()
         updater = Updater(loss(config, self.objective, temperature=self.sampling.temperature), optimizer, mesh)
@@ -144,6 +143,7 @@ class RL:
                     pool=pool,
                     log=log,
                     return_kept=self.objective.keep_sampling_mask,
+                    return_experts=self.objective.keep_routing,
                     score=earned,
                 )
                 model = checkpoint.Model(config, self.behavior(now.params, cursor["iteration"]), tokenizer)
@@ -172,6 +172,14 @@ class RL:
     def behavior(self, params: Any, step: int) -> Any:
         """The weights that answer at a step: the policy's own. For experiments with samplers that are off, override."""
         return params
+
+    def _config(self) -> ModelConfig:
+        config = self.compute.configure(checkpoint.open_config(self.start))
+        if self.objective.keep_routing and not config.num_experts:
+            raise ValueError(
+                f"the objective has keep_routing and {self.start} is a dense model, which routes nothing: leave it off"
+            )
+        return config
 
     def _optimizer(self) -> optax.GradientTransformation:
         optimizer = self.optimizer.build(self.steps * self.updates)
@@ -217,11 +225,12 @@ class RL:
         fields = self.objective.fields(self.updates)
         for age, micros in enumerate(per_update):
             for micro in micros:
-                given = dict(micro)  # one program scores for both
+                given = dict(micro)  # one program scores for both, unless experts are given
+                routed = {name: x for name, x in given.items() if name != "experts"}
                 if "old_logp" in fields:
                     micro["old_logp"] = score.token_logp(config, now.params, given, temperature=temperature)
                 if "reference_logp" in fields:
-                    micro["reference_logp"] = score.token_logp(config, reference, given, temperature=temperature)
+                    micro["reference_logp"] = score.token_logp(config, reference, routed, temperature=temperature)
                 if "age" in fields:
                     micro["age"] = jnp.full_like(micro["tokens"], age)
         micros = [micro for micros in per_update for micro in micros]
@@ -237,29 +246,32 @@ class RL:
 
     def programs(self, mesh: jax.sharding.Mesh) -> programs.Programs:
         """The compiled programs of this stage; a group of answers shares its prompt, no group is dropped."""
-        config = self.compute.configure(checkpoint.open_config(self.start))
+        config = self._config()
         fields: dict[str, tuple[int, ...]] = dict.fromkeys(self.objective.fields(self.updates), ())
         if self.objective.keep_sampling_mask:
             fields["kept"] = (-(-config.vocab_size // 8),)
+        if self.objective.keep_routing:
+            fields["experts"] = (config.num_layers, config.experts_per_token)
         updates, answers, temperature = self.steps * self.updates, self.prompts * self.group, self.sampling.temperature
         tokens = rollout.packed_tokens(self.prompts // self.updates, self.group, self.sampling, self.compute)
-        batch = programs.abstract_batch(self.compute, mesh, fields)
+        batch = programs.abstract_batch(self.compute, mesh, fields, kinds={"experts": config.expert_dtype})
         policy_loss = loss(config, self.objective, temperature=temperature)
         size = {"updates": updates, "tokens": tokens}
         params = state.abstract_params(config, mesh)
         reference = params if self.objective.kl is not None and not self.reference_every else ()
         named = programs.training(policy_loss, config, self._optimizer(), batch, mesh, **size, resident=reference)
         beside = named["gradients"].resident
-        scorings = ("old_logp" in fields) + ("reference_logp" in fields)
-        if scorings:
-            scored = {name: x for name, x in batch.items() if name not in ("old_logp", "reference_logp", "age")}
-            named["score"] = programs.Program(
+        given = {name: x for name, x in batch.items() if name not in ("old_logp", "reference_logp", "age")}
+        routed = {name: x for name, x in given.items() if name != "experts"}
+        scorings = [x for name, x in (("old_logp", given), ("reference_logp", routed)) if name in fields]
+        for scored in scorings[:1] if given.keys() == routed.keys() else scorings:
+            named["score" if scored is scorings[0] else "score_reference"] = programs.Program(
                 function=score.token_logp,
                 static=(config,),
                 arguments=(params, scored),
                 options={"temperature": temperature},
                 resident=beside,
-                calls=scorings * named["gradients"].calls,
+                calls=scorings.count(scored) * named["gradients"].calls,
                 tokens=named["gradients"].tokens,
             )
         if self.validation:

@@ -36,7 +36,8 @@ class Rollout:
 
     `logp` is the sampler's log-probability per token of `tokens`; `finish` is "stop" or "length" (cut, not finished);
     `version` counts the updates of the policy that sampled; `kept`, if asked for, says which tokens could be drawn
-    (uint8 [N, ceil(V / 8)]). `verdict` is the verifier's score where something else gave the reward.
+    (uint8 [N, ceil(V / 8)]), and `experts` which ones of a mixture each token of prompt and answer went to, but for the
+    last (unsigned [P + N - 1, L, k]). `verdict` is the verifier's score where something else gave the reward.
     """
 
     task: Task
@@ -48,6 +49,7 @@ class Rollout:
     finish: str
     version: int
     kept: np.ndarray | None = None
+    experts: np.ndarray | None = None
     verdict: float | None = None
 
 
@@ -55,8 +57,9 @@ class Rollout:
 class Sampler:
     """Samples and judges for one stage: sampling settings, slots, mesh, verifiers, log. A stop ends it midway.
 
-    `return_kept` asks for the tokens that could be drawn, V / 8 bytes for each that was. With `score`, (model, groups)
-    -> rewards [N] of all answers, these take the place of the verdicts (see `rewards`).
+    `return_kept` asks for the tokens that could be drawn, V / 8 bytes for each that was; `return_experts` for the
+    experts that a mixture chose, L k bytes a token. With `score`, (model, groups) -> rewards [N] of all answers, these
+    take the place of the verdicts (see `rewards`).
     """
 
     sampling: Sampling
@@ -65,6 +68,7 @@ class Sampler:
     pool: VerifierPool
     log: Log
     return_kept: bool = False
+    return_experts: bool = False
     score: Callable[[Model, list[list[Rollout]]], np.ndarray] | None = None
 
     def rollouts(
@@ -111,6 +115,7 @@ class Sampler:
                 slots=self.slots,
                 mesh=self.mesh,
                 return_kept=self.return_kept,
+                return_experts=self.return_experts,
                 on_finish=lambda _: check_stop(),
             )
         return list(zip(prompts, answers, strict=True))
@@ -126,6 +131,7 @@ class Sampler:
             finish=answer.finish,
             version=version,
             kept=answer.kept,
+            experts=answer.experts,
         )
 
 
@@ -163,16 +169,25 @@ def with_stops(sampling: Sampling, model: Model) -> Sampling:
 
 
 def group(rollouts: Sequence[Rollout], **fields: Sequence[float] | Sequence[np.ndarray] | np.ndarray) -> Group:
-    """The answers to one prompt as a group to pack; `fields` hold one value, or one array per token, per answer."""
-    answers = [
-        Example(
-            tokens=rollout.tokens,
-            mask=np.ones(len(rollout.tokens), np.float32),
-            fields={"behavior_logp": rollout.logp, **{name: values[index] for name, values in fields.items()}},
-        )
-        for index, rollout in enumerate(rollouts)
-    ]
-    return Group(prompt=rollouts[0].prompt, answers=answers)
+    """The answers to one prompt as a group to pack; `fields` hold one value, or one array per token, per answer.
+
+    Recorded experts are a field too. Those that predicted an answer's token are the ones which the token before it went
+    to, so that all but the prompt's last token are left for the prompt; its answers share it, and so the first one's.
+    """
+    prompt, shared = rollouts[0].prompt, len(rollouts[0].prompt) - 1
+
+    def of(rollout: Rollout, index: int) -> Example:
+        given: dict[str, Any] = {"behavior_logp": rollout.logp, **{name: x[index] for name, x in fields.items()}}
+        if rollout.experts is not None:
+            given["experts"] = rollout.experts[shared:]
+        return Example(tokens=rollout.tokens, mask=np.ones(len(rollout.tokens), np.float32), fields=given)
+
+    went = rollouts[0].experts
+    return Group(
+        prompt=prompt,
+        answers=[of(rollout, index) for index, rollout in enumerate(rollouts)],
+        fields={} if went is None else {"experts": went[:shared]},
+    )
 
 
 def centered(rewards: Float[Array, "P G"], num_tokens: Int[Array, "P G"]) -> Float[Array, "P G"]:
@@ -191,7 +206,7 @@ def micro_batches(
     compare: Callable[[Array, Array], Array] = centered,
     fields: Mapping[str, Callable[[Rollout], Any]] = types.MappingProxyType({}),
 ) -> list[dict[str, jax.Array]]:
-    """The groups packed, each prompt once, with the sampler's log-probs and the advantages of the answers.
+    """The groups packed, each prompt once, with the sampler's log-probs, the advantages and any recorded experts.
 
     Args:
         groups: answers to each prompt.
@@ -207,7 +222,8 @@ def micro_batches(
         lengths = np.array([[len(r.tokens) for r in one]], np.int32)
         further = {name: [value(r) for r in one] for name, value in fields.items()}
         packed_groups.append(group(one, advantage=np.asarray(_advantages(compare, rewards, lengths)[0]), **further))
-    names = ("advantage", "behavior_logp", *fields)
+    recorded = ("experts",) if groups and groups[0][0].experts is not None else ()
+    names = ("advantage", "behavior_logp", *fields, *recorded)
     packed = pack_groups(packed_groups, length=compute.row_tokens, fields=names)
     return updater.micro_batches(packed.batch, compute.rows(mesh), mesh)
 

@@ -41,25 +41,31 @@ def target_logp(
 @functools.partial(jax.jit, static_argnums=0, static_argnames="temperature")
 def token_logp(config: ModelConfig, params: Any, batch: Any, *, temperature: float = 1.0) -> jax.Array:
     """Log-probability of each target of a batch, [B, T] float32; among the `kept` tokens if the batch has them."""
-    return target_logp(config, params, _hidden(config, params, batch), batch, temperature=temperature)
+    return target_logp(config, params, hidden(config, params, batch), batch, temperature=temperature)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def values(config: ModelConfig, params: Any, batch: Any) -> jax.Array:
     """What a scoring model (reward model, critic) makes of each position, [B, T] float32."""
-    return transformer.score(config, params, _hidden(config, params, batch))
+    return transformer.score(config, params, hidden(config, params, batch))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def last_hidden(config: ModelConfig, params: Any, batch: Any) -> jax.Array:
     """Hidden states after the last norm, [B, T, D]."""
-    return _hidden(config, params, batch)
+    return hidden(config, params, batch)
 
 
-def _hidden(config: ModelConfig, params: Any, batch: Any) -> jax.Array:
-    return transformer.apply(config, params, batch["tokens"], positions=batch["positions"], segments=batch["segments"])[
-        0
-    ]
+def hidden(config: ModelConfig, params: Any, batch: Any) -> Float[Array, "B T D"]:
+    """Hidden states of a packed batch; where it has `experts`, tokens go to these instead of their router's choice."""
+    return transformer.apply(
+        config,
+        params,
+        batch["tokens"],
+        positions=batch["positions"],
+        segments=batch["segments"],
+        experts=batch.get("experts"),
+    )[0]
 
 
 def examples(

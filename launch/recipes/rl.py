@@ -1,6 +1,7 @@
 """Reinforcement learning of one model on tasks with verifiers: one stage, then its score on held-out tasks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from ...data.tasks import parts
@@ -36,6 +37,7 @@ def recipe(
     objective: Literal[
         "olmo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "deepseek_v32"
     ] = "olmo",
+    keep_routing: bool = False,
     steps: int = 100,
     prompts: int = 64,
     group: int = 8,
@@ -52,6 +54,7 @@ def recipe(
         model: the model to start from.
         tasks: what to train on, as `posttrain eval` names tasks; 30% are held out.
         objective: what is minimised, as it was published (see `train/objective.py`).
+        keep_routing: whether tokens of a mixture of experts go to the experts that the sampler chose (router replay).
         steps: updates.
         prompts: tasks per update.
         group: answers per task.
@@ -70,7 +73,7 @@ def recipe(
         sampling=Sampling(max_tokens=max_tokens),
         prompts=prompts,
         group=group,
-        objective=OBJECTIVES[objective](max_tokens),
+        objective=replace(OBJECTIVES[objective](max_tokens), keep_routing=keep_routing),
         optimizer=AdamW(learning_rate=learning_rate),
         compute=compute,
     )
