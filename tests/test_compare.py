@@ -3,6 +3,7 @@
 # pyright: reportArgumentType=false
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -58,6 +59,15 @@ def test_rankings_hold_the_answers_once_and_best_the_best_of_each(tmp_path):
     stage.train(tmp_path, one_device())
     assert (tmp_path / "parts" / "000000.jsonl").stat().st_mtime_ns == before
     assert (tmp_path / "rankings.jsonl").read_text() == text
+
+
+def test_the_best_answer_is_kept_from_the_passing_score_on_or_always(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "?"}], "responses": ["a", "b"], "scores": [-3.0, -1.0]}]
+    for passing, kept in ((0.0, ""), (-1.0, "b"), (None, "b")):
+        stage = Compare(models=("tiny",), tasks=TASKS, sampling=Sampling(max_tokens=3), passing=passing)
+        stage._finish(tmp_path, rows)
+        best = [json.loads(line) for line in (tmp_path / "best.jsonl").read_text().splitlines()]
+        assert "".join(one["messages"][-1]["content"] for one in best) == kept
 
 
 def test_an_answer_that_was_cut_off_falls_behind_and_the_order_of_models_may_decide():

@@ -19,6 +19,10 @@ from posttrain.train.rewards import RewardModels, SafetyOrHelpfulness
 from posttrain.train.sft import SFT
 
 
+def _domains(ptx):
+    return ptx.data.tasks.domain.split("+") if ptx else ()
+
+
 @pytest.mark.parametrize("base", ["tiny", "llama3.1-8b"])
 def test_instructgpt_goes_from_demonstrations_to_a_reward_model_to_ppo_with_and_without_pretraining(base, tmp_path):
     run = Planning(tmp_path, {})
@@ -41,6 +45,7 @@ def test_instructgpt_goes_from_demonstrations_to_a_reward_model_to_ppo_with_and_
         stage = stages[name]
         assert isinstance(stage, PPO) and stage.start == sft and stage.critic_start == judge
         assert bool(stage.ptx) == (name == "ppo-ptx")
+        assert stage.tasks.domain not in _domains(stage.ptx)
     assert (
         checkpoint.open_config(judge).output == "score" and checkpoint.open_config(tmp_path / "ppo").output == "logits"
     )

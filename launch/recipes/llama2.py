@@ -17,10 +17,11 @@ safe. Winners of all rounds are kept: the paper's third round, which kept its ow
 The labellers here are verifiers. For the tiny base the unsafe tasks are to sort letters, which half of the
 demonstrations do and half refuse; the helpful ones are to reverse them, of whose demonstrations half are careless. Of
 answers drawn to held-out tasks, 36% of sft's are right where it should help and 63% are safe where it should refuse;
-chat 1 has 65 and 93%, chat 2 70 and 97%, ppo 87 and 99%. One run and one seed, 7 minutes on a busy core. When each
-round's fine-tuning was rougher (60 steps at 1e-3 instead of 120 at 3e-4) the second made things worse: 57%, then 41%,
-and 47% after PPO. Its reward model was made of a model that had forgotten too much, and agreed with 77% of held-out
-pairs (at twice its learning rate) where it now agrees with 90%.
+chat 1 has 65 and 93%, chat 2 70 and 97%, ppo 87 and 99%. One run and one seed, 7 minutes on a busy core; with another
+seed the second round adds no help (30, 40, 39, 68%; safe: 40, 92, 96, 99%). When each round's fine-tuning was rougher
+(60 steps at 1e-3 instead of 120 at 3e-4), the second made things worse with the first seed, too: 57%, then 41%, and 47%
+after PPO. Its reward model was made of a model that had forgotten too much, and agreed with 77% of held-out pairs (at
+twice its learning rate) where it now agrees with 90%.
 """
 
 from collections.abc import Mapping

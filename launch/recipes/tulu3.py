@@ -15,7 +15,8 @@ evaluated on held-out tasks of all.
 
 For the tiny base the first domain is to reverse letters, and half of its demonstrations are careless. Of answers drawn
 to its held-out tasks sft does 30% right, dpo 66% and rlvr 98%; the others go from 98, 95 and 95% to 98, 96 and 96% with
-dpo and to 93, 95 and 86% with rlvr, which has no prompts of them. One run and one seed, 4 minutes on a busy core.
+dpo and to 93, 95 and 86% with rlvr, which has no prompts of them. One run and one seed, 2 to 4 minutes on a busy core;
+three seeds are in benchmarks/README.md.
 """
 
 from typing import Literal
