@@ -33,7 +33,7 @@ def build(settings: dict[str, Any]) -> DPOTrainer:
     trainer = Numbered(
         model=model,
         args=DPOConfig(
-            output_dir=settings["folder"], per_device_train_batch_size=settings["pairs"], beta=settings["beta"],
+            output_dir=settings["folder"], per_device_train_batch_size=settings["micro_pairs"], beta=settings["beta"],
             learning_rate=settings["learning_rate"], lr_scheduler_type="constant", max_grad_norm=1.0, weight_decay=0.0,
             max_length=None, precompute_ref_log_probs=True, gradient_checkpointing=False, use_cpu=True, bf16=False,
             report_to="none",
@@ -49,7 +49,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the libraries print must not land between the replies
     trainer = build(json.loads(sys.stdin.readline()))
-    (batch,) = list(trainer.get_train_dataloader())
+    batches = list(trainer.get_train_dataloader())
     trainer.model.train()
     answer: dict[str, Any] = {"trl": metadata.version("trl"), "torch": torch.__version__}
     while True:
@@ -59,12 +59,15 @@ def main() -> None:
             return
         steps, losses, start = json.loads(line)["steps"], [], time.perf_counter()
         for _ in range(steps):
-            loss = trainer.compute_loss(trainer.model, dict(batch))
-            loss.backward()
+            loss = 0.0
+            for batch in batches:
+                part = trainer.compute_loss(trainer.model, dict(batch)) / len(batches)
+                part.backward()
+                loss += part.item()
             torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
             trainer.optimizer.step()
             trainer.model.zero_grad()
-            losses.append(loss.item())
+            losses.append(loss)
         answer = {"seconds": time.perf_counter() - start, "losses": losses}
 
 

@@ -482,5 +482,10 @@ def _sentence(error: Any) -> str:
     return " ".join(text.split())
 
 
+def entry() -> None:
+    """The command `posttrain`: `main` in a process of its own."""
+    stop.leave_after(main)
+
+
 if __name__ == "__main__":
-    main()
+    entry()

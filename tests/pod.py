@@ -4,6 +4,7 @@ The environment says which process it is (see `launch.cluster`). Events are thos
 time that this process might stop; and `compile:N`, its Nth compilation begins. Another action is `hang`.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -108,7 +109,8 @@ def main(recipe: Callable[[Run], str]) -> None:
         else:
             sys.addaudithook(Watch(action, event))
     watch = command.Watch(profile=range(0), grace=60.0, stuck_after=float(os.environ.get("STUCK_AFTER", "600")))
-    cli.guarded(lambda: command.train(recipe, out, smoke=False, options={}, watch=watch), ["run", "pod"])
+    work = functools.partial(command.train, recipe, out, smoke=False, options={}, watch=watch)
+    stop.leave_after(lambda: cli.guarded(work, ["run", "pod"]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from posttrain.launch import cluster
 from posttrain.model import config, sample, transformer
 from posttrain.model.processing import Sampling
 from posttrain.sharding import mesh as meshes
-from posttrain.train import optimizer, sft, state
+from posttrain.train import optimizer, sft, state, stop
 from posttrain.train.updater import Updater, micro_batches
 
 CHATS = [
@@ -48,7 +48,11 @@ def results() -> dict[str, list]:
     return {"answers": texts, "losses": losses, "weights": sums}
 
 
-if __name__ == "__main__":
-    compiled_once.share()
+def main() -> None:
     with cluster.joined():
         Path(sys.argv[1]).write_text(json.dumps(results()))
+
+
+if __name__ == "__main__":
+    compiled_once.share()
+    stop.leave_after(main)

@@ -214,6 +214,7 @@ NUMPY = {
     "clipped_value": tokens(np_clipped_value),
     "grpo": answers(lambda s, c, t: np_clipped(s, c, t) + 0.1 * np_k3(s, c, t)),
     "dapo": tokens(np_clipped),
+    "dr_grpo": lambda s, c, o: (tokens(np_clipped)(s, c, o)[0], 7),
     "dual_clip": tokens(np_dual),
     "gspo": np_gspo,
     "cispo": tokens(np_cispo),
