@@ -10,8 +10,8 @@ import numpy as np
 
 from . import transformer
 from .config import ModelConfig
+from .moe import EXPERT_KERNELS
 
-EXPERT_KERNELS = ("experts_gate", "experts_up", "experts_down")
 INPUT_DIMS = {
     "q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1, "router": 1,
     **dict.fromkeys(EXPERT_KERNELS, 1),

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from ..sharding import mesh as meshes
 from .config import ModelConfig
 
+EXPERT_KERNELS = ("experts_gate", "experts_up", "experts_down")
 PARAM_AXES: dict[str, tuple[str, ...]] = {
     "router": ("embed", "choices"),
     "experts_gate": ("experts", "embed", "mlp"),
@@ -48,12 +49,12 @@ class Moe(nn.Module):
         inward, outward = (c.num_experts, c.embed_dim, c.mlp_dim), (c.num_experts, c.mlp_dim, c.embed_dim)
         kernels = [
             self.param(name, init, shape).astype(x.dtype)
-            for name, shape in (("experts_gate", inward), ("experts_up", inward), ("experts_down", outward))
+            for name, shape in zip(EXPERT_KERNELS, (inward, inward, outward), strict=True)
         ]
         weights = gates(logits, chosen, normalised=c.norm_topk_prob).astype(x.dtype)
         tokens = ("dispatched", "length", None)
         mix = meshes.summed_per_device(
-            _mix, tokens, tokens, tokens, ("experts",), *(PARAM_AXES[name] for name in list(PARAM_AXES)[1:]),
+            _mix, tokens, tokens, tokens, ("experts",), *(PARAM_AXES[name] for name in EXPERT_KERNELS),
             whole=("embed",), over=("experts", "mlp"),
         )  # fmt: skip
         return mix(x, chosen, weights, jnp.arange(c.num_experts), *kernels), chosen

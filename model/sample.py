@@ -100,8 +100,8 @@ def generate(
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         parts = meshes.batch_parts(mesh) if mesh is not None else 1
         engine = _Engine((config, params), prompts, num_samples, sampling, noise, slots, parts)
-        wanted = {"return_kept": return_kept, "return_experts": return_experts}
-        return engine.run(on_finish or (lambda _: None), **wanted)
+        tell = on_finish or (lambda _: None)
+        return engine.run(tell, return_kept=return_kept, return_experts=return_experts)
 
 
 def bucket(size: int, *, minimum: int = 16) -> int:

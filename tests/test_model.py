@@ -17,7 +17,6 @@ CONFIG = model.ModelConfig(
 )
 PLAIN = attention.BRANCHES
 WIDTH = 12
-"""Programs that run once on tiny arrays: compiling them dominates, and level 0 takes a third of the time."""
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ that were published are functions below that return one, and `dataclasses.replac
     dual_clip    DualClip              group_normalized   per_sequence    KLLoss(k3)
     rloo         Reinforce             leave_one_out      PerBudget(1)    KLReward(k1)
     reinforce_plus_plus  Clip          raw, whitened      per_token       KLReward(k1)
-    deepseek_v32 DropDrifted(Clip)     group_centered     per_sequence    UnbiasedKL            masks and routing kept
+    deepseek_v32 DropDrifted(Clip)     group_centered     per_sequence    UnbiasedKL            sampling mask kept
 """
 
 import functools

@@ -151,7 +151,7 @@ def _matrices(params: Any) -> Any:
         names = PARAM_AXES[path[-1].key]
         if "embed" not in names or "vocab" in names:
             return None
-        names = names[names[0] == "experts" :]  # a matrix each
+        names = names[1:] if names[0] == "experts" else names  # each expert has a matrix of its own
         first = leaf.ndim - len(names)  # a stack of layers has one axis more
         inputs = [first + i for i, name in enumerate(names) if (name == "embed") == (names[0] == "embed")]
         outputs = [first + i for i in range(len(names)) if first + i not in inputs]
