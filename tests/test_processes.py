@@ -56,7 +56,8 @@ CHAIN = [
 
 def test_two_hosts_that_are_stopped_killed_and_stuck_anywhere_end_with_what_one_undisturbed_process_makes(tmp_path):
     whole, out, mesh = tmp_path / "whole", tmp_path / "out", meshes.make_mesh(devices=jax.devices()[:1])
-    assert [code for code, _ in pod(whole, ("",))] == [0]
+    found = pod(whole, ("",))
+    assert [code for code, _ in found] == [0], found
     for events, codes, sentences in CHAIN:
         found = pod(out, events, environment={"STUCK_AFTER": "6" if "hang" in events[1] else "600"})
         assert tuple(code for code, _ in found) == codes, found
@@ -94,7 +95,8 @@ def test_two_hosts_write_judge_compare_and_learn_from_answers_as_one_does_in_a_b
         for name, value in place.environment().items():
             monkeypatch.setenv(name, value)
         of = {"script": "pod_feedback.py", "environment": {"ENDPOINT": server.url}}
-        assert [code for code, _ in pod(whole, ("",), **of)] == [0]
+        found = pod(whole, ("",), **of)
+        assert [code for code, _ in found] == [0], found
         server.requests.clear()
         place.full = 30_000
         full = pod(out, ("", ""), **of)

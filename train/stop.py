@@ -152,16 +152,20 @@ def leave(sentence: str, code: int = RUN_AGAIN) -> None:
 
 
 def leave_after(work: Callable[[], None]) -> None:
-    """Do the work of this process and end it with the code of its `SystemExit`, or 0, not taking the interpreter apart.
+    """Do the work of this process and end it as Python would, but for not taking the interpreter apart.
 
-    Threads of JAX's and tensorstore's outlive the work. One that comes back to Python while the interpreter is taken
-    apart is ended by it, which C++ answers with an abort: a run that is done would seem to have failed.
+    The exit code is that of a `SystemExit`; 1, after a traceback, for any other error; else 0. Threads of JAX's and
+    tensorstore's outlive the work: one that comes back to Python while the interpreter is taken apart is ended by it,
+    which C++ answers with an abort. A run that is done would seem to have failed, and one that has failed not to say so.
     """
     code: Any = 0
     try:
         work()
     except SystemExit as end:
         code = end.code or 0
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
     if isinstance(code, str):
         print(code, file=sys.stderr)
         code = 1
