@@ -16,7 +16,7 @@ from posttrain.launch.compiled import environment
 from posttrain.model import flash
 from posttrain.model.config import ModelConfig
 from posttrain.sharding import mesh as meshes
-from posttrain.train import programs, sft, state
+from posttrain.train import programs, sft, state, stop
 from posttrain.train.compute import Compute
 from posttrain.train.optimizer import AdamW
 
@@ -139,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stop.leave_after(main)

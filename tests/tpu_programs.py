@@ -18,7 +18,7 @@ from posttrain.model import config as configs
 from posttrain.model import transformer
 from posttrain.sharding import mesh as meshes
 from posttrain.sharding import topology as topologies
-from posttrain.train import programs, sft, state
+from posttrain.train import programs, sft, state, stop
 from posttrain.train.optimizer import AdamW
 from posttrain.train.updater import abstract_sums, jit_accumulate
 
@@ -117,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stop.leave_after(main)

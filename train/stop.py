@@ -156,7 +156,8 @@ def leave_after(work: Callable[[], None]) -> None:
 
     The exit code is that of a `SystemExit`; 1, after a traceback, for any other error; else 0. Threads of JAX's and
     tensorstore's outlive the work: one that comes back to Python while the interpreter is taken apart is ended by it,
-    which C++ answers with an abort. A run that is done would seem to have failed, and one that has failed not to say so.
+    which C++ answers with an abort. A run that is done would seem to have failed, and one that has failed would not say
+    so. For their sake JAX's devices are not taken apart either; every other exit function is called.
     """
     code: Any = 0
     try:
@@ -169,6 +170,8 @@ def leave_after(work: Callable[[], None]) -> None:
     if isinstance(code, str):
         print(code, file=sys.stderr)
         code = 1
+    if jax := sys.modules.get("jax._src.api"):  # no public way to keep the devices
+        atexit.unregister(jax.clean_up)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
