@@ -45,7 +45,12 @@ from posttrain.train.teaching import FullVocabulary
 
 TASKS = Characters(operation="reverse")
 TRAIN, ASKED = split(TASKS)
-START, EARLY = 5, 3  # steps of demonstrations
+START, EARLIER = 5, (3, 2)  # steps of demonstrations
+DIVERGENCES = {
+    "reverse KL": (1.0, AdamW(learning_rate=8e-4)),
+    "forward KL": (0.0, AdamW(learning_rate=1.6e-3, warmup_steps=5)),
+}
+"""The beta of a divergence, and what the student learns it with."""
 NOISE = 0.4  # of the deviation of each matrix
 EVERY = 16  # steps after which a stale sampler gets the policy's weights
 FEW, MANY = split(TASKS, 0.95)  # 23 strings to learn from
@@ -78,31 +83,32 @@ def first_at(values: np.ndarray, level: float) -> float:
 
 
 def distill(run: Training, seed: int) -> Measured:
+    """Students of RL's teachers, from starts that know ever less."""
+    return {name: scores for lessons in (START, *EARLIER) for name, scores in students(run, seed, lessons).items()}
+
+
+def students(run: Training, seed: int, lessons: int) -> dict[str, dict[str, float]]:
     """RL makes a teacher; the same start is distilled from it. Steps until 95% of the gain in sampled reward."""
-    found: dict[str, dict[str, float]] = {}
-    for lessons, steps in ((START, 120), (EARLY, 240)):
-        of = f"after {lessons} steps of demonstrations"
-        start = started(run, seed, lessons)
-        plan = objective.olmo(rounds=1)
-        learner = RL(
-            start=start, steps=steps, group=8, objective=plan, optimizer=AdamW(learning_rate=4e-4), seed=seed, **SHARED
-        )
-        teacher = run(f"rl-{lessons}", learner)
-        earned = rewards(teacher)
-        level = earned[0] + 0.95 * (np.mean(earned[-10:]) - earned[0])
+    start = started(run, seed, lessons)
+    learner = RL(
+        start=start, steps=480, group=8, objective=objective.olmo(rounds=1), optimizer=AdamW(learning_rate=4e-4),
+        seed=seed, **SHARED,
+    )  # fmt: skip
+    models = {"start": start, "RL, the teacher": run(f"rl-{lessons}", learner)}
+    for way, (beta, optimizer) in DIVERGENCES.items():
         student = Distill(
-            start=start, teachers={TASKS.domain: teacher}, steps=60, samples=8, objective=FullVocabulary(),
-            optimizer=AdamW(learning_rate=8e-4), seed=seed, **SHARED,
+            start=start, teachers={TASKS.domain: models["RL, the teacher"]}, steps=60, samples=8, optimizer=optimizer,
+            objective=FullVocabulary(beta=beta), seed=seed, **SHARED,
         )  # fmt: skip
-        copied = run(f"distill-{lessons}", student)
-        slow, fast = first_at(earned, level), first_at(rewards(copied), level)
-        for way, model, taken in (
-            ("start", start, float("nan")),
-            ("RL, the teacher", teacher, slow),
-            ("on-policy distillation", copied, fast),
-        ):
-            name = f"{way}, {of}"
-            found[name] = {HELD_OUT: accuracy(run, name, model, ASKED), "steps": taken, "times fewer": slow / taken}
+        models[f"on-policy distillation, {way}"] = run(f"distill-{lessons}-{slug(way)}", student)
+    earned = {way: rewards(model) for way, model in models.items() if model != start}
+    first, last = earned["RL, the teacher"][0], np.mean(earned["RL, the teacher"][-10:])
+    taken = {way: first_at(values, first + 0.95 * (last - first)) for way, values in earned.items()}
+    found = {}
+    for way, model in models.items():
+        name, steps = f"{way}, after {lessons} steps", taken.get(way, float("nan"))
+        fewer = taken["RL, the teacher"] / steps
+        found[name] = {HELD_OUT: accuracy(run, name, model, ASKED), "steps": steps, "times fewer": fewer}
     return found
 
 
@@ -191,7 +197,7 @@ def average(run: Training, seed: int) -> Measured:
 
 
 CLAIMS: dict[str, tuple[Callable[[Training, int], Measured], str]] = {
-    "distill": (distill, f"RL, the teacher, after {START} steps of demonstrations"),
+    "distill": (distill, f"RL, the teacher, after {START} steps"),
     "stale": (stale, "exact sampler"),
     "noisy": (noisy, "uncorrected"),
     "average": (average, "high"),
