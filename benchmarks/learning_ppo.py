@@ -28,7 +28,7 @@ from posttrain.train.rl import RL
 TASKS = Characters(operation="reverse")
 TRAIN, ASKED = split(TASKS)
 SAMPLING = Sampling(max_tokens=8)
-START, STEPS, PROMPTS, GROUP = 8, 24, 16, 8
+START, STEPS, PROMPTS, GROUP = 8, 48, 16, 8
 
 
 def one(run: Training, seed: int) -> Measured:
