@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from ..sharding import hosts
+from ..sharding import mesh as meshes
 from ..train import stop
 from ..train.stop import Interrupted
 
@@ -58,6 +59,7 @@ def _join() -> None:
     # Signals are heard by train/stop.py: JAX's own service swallows SIGTERM, and looks for it once a second.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_check_proxy_envs", False)
+    meshes.spare_threads()
     beat = int(os.environ.get(HEARTBEAT, "60"))
     settings: dict[str, Any] = {"heartbeat_timeout_seconds": beat, "shutdown_timeout_seconds": beat}
     if ADDRESS in os.environ:

@@ -1,6 +1,8 @@
 """Device meshes, and how trees of arrays lie on them."""
 
 import math
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +12,22 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from . import rules
+
+_THREADS = 32
+
+
+def spare_threads() -> None:
+    """Have XLA start more threads than there are CPU devices, if there are several. Before the first use of a device.
+
+    In a program over several CPU devices each device's part holds a thread while it waits for the others' parts. XLA
+    has a thread per core or device, whichever are more: two programs at a time can take them all and wait for ever (XLA
+    ends the process after a minute). K programs on D devices need K (D - 1) + 1 threads. XLA reads $NPROC, which is
+    left alone if it is set.
+    """
+    told = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    count = max(jax.config.values["jax_num_cpu_devices"], int(told[1]) if told else 1)
+    if count > 1:
+        os.environ.setdefault("NPROC", str(_THREADS * count))
 
 
 def make_mesh(
@@ -29,6 +47,7 @@ def make_mesh(
     Raises:
         ValueError: if the sizes do not multiply to the number of devices, or data is no multiple of the slices.
     """
+    spare_threads()
     devices = list(jax.devices() if devices is None else devices)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     sizes = [slices if data is None else data, fsdp, expert, context, tensor]

@@ -1,5 +1,6 @@
 """Every test runs on the CPU with eight devices, with shape annotations checked and rank promotion forbidden."""
 
+import importlib
 import os
 from pathlib import Path
 
@@ -25,6 +26,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Before the first import of these modules: from here on their jaxtyping annotations are checked at every call.
 install_import_hook(["posttrain.sharding", "posttrain.model", "posttrain.train"], "beartype.beartype")
+
+# Eight devices on fewer cores: tests that use a mesh of their own have JAX's devices before `make_mesh` is called.
+importlib.import_module("posttrain.sharding.mesh").spare_threads()
 
 
 def pytest_collection_modifyitems(items):

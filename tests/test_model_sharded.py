@@ -1,7 +1,10 @@
 """A model spread over eight devices computes what it computes on one, and never lies whole on any of them."""
 
 import math
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -108,3 +111,30 @@ def test_loading_reads_every_tensor_once_whatever_the_mesh():
     loaded = materialise(CONFIG, read_tensor, mesh=mesh)
     assert len(set(reads)) == len(reads)
     assert jax.tree.map(jnp.shape, loaded) == jax.tree.map(jnp.shape, params)
+
+
+IN_FLIGHT = """
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from posttrain.sharding import mesh as meshes
+
+where = NamedSharding(meshes.make_mesh(data=2, fsdp=1), PartitionSpec("data"))
+program = jax.jit(lambda x: jnp.tanh(x + (0.5 * x).sum(0) + jnp.tanh(x).sum()), out_shardings=where)
+values = [jax.device_put(jnp.full((64, 64), 1.0), where) for _ in range(4)]
+for _ in range(100):
+    for _ in range(10):
+        values = [program(value) for value in values]
+    jax.block_until_ready(values)
+"""
+
+
+def test_several_programs_at_a_time_do_not_wait_for_each_other_for_ever():
+    limits = {"warn_stuck_timeout": 5, "terminate_timeout": 5}
+    flags = " ".join(f"--xla_cpu_collective_call_{name}_seconds={value}" for name, value in limits.items())
+    environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    environment |= {"XLA_FLAGS": flags, "JAX_NUM_CPU_DEVICES": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_FLIGHT], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
