@@ -19,7 +19,8 @@ POWERS = {  # last part of a dotted name -> the one place that may use it; a pro
     "PartitionSpec": "sharding/rules.py",
     "value_and_grad": "train/step.py",
     "argv": ("launch/", "data/verify/worker.py", "data/sandbox/inside.py"),
-    "environ": ("launch/", "data/endpoint.py"),  # a key's value must not travel through settings
+    # A key's value must not travel through settings; how many threads XLA starts is told in no other way.
+    "environ": ("launch/", "data/endpoint.py", "sharding/mesh.py"),
     "getenv": "launch/",
 }
 ALIASES = {"jax.P": "jax.sharding.PartitionSpec", "jax.grad": "jax.value_and_grad"}
