@@ -45,7 +45,7 @@ from posttrain.train.teaching import FullVocabulary
 
 TASKS = Characters(operation="reverse")
 TRAIN, ASKED = split(TASKS)
-START, EARLIER = 5, (3, 2)  # steps of demonstrations
+STARTS = 5, 3, 2  # steps of demonstrations
 DIVERGENCES = {
     "reverse KL": (1.0, AdamW(learning_rate=8e-4)),
     "forward KL": (0.0, AdamW(learning_rate=1.6e-3, warmup_steps=5)),
@@ -65,7 +65,7 @@ class Claim(Settings):
     """Which claim."""
 
 
-def started(run: Training, seed: int, steps: int = START) -> str:
+def started(run: Training, seed: int, steps: int) -> str:
     """A model that has seen a few demonstrations and solves some of the tasks."""
     return run(f"start-{steps}", demonstrated(TRAIN, start=pretrained(run, seed), steps=steps, seed=seed))
 
@@ -84,7 +84,7 @@ def first_at(values: np.ndarray, level: float) -> float:
 
 def distill(run: Training, seed: int) -> Measured:
     """Students of RL's teachers, from starts that know ever less."""
-    return {name: scores for lessons in (START, *EARLIER) for name, scores in students(run, seed, lessons).items()}
+    return {name: scores for lessons in STARTS for name, scores in students(run, seed, lessons).items()}
 
 
 def students(run: Training, seed: int, lessons: int) -> dict[str, dict[str, float]]:
@@ -197,7 +197,7 @@ def average(run: Training, seed: int) -> Measured:
 
 
 CLAIMS: dict[str, tuple[Callable[[Training, int], Measured], str]] = {
-    "distill": (distill, f"RL, the teacher, after {START} steps"),
+    "distill": (distill, f"RL, the teacher, after {STARTS[0]} steps"),
     "stale": (stale, "exact sampler"),
     "noisy": (noisy, "uncorrected"),
     "average": (average, "high"),

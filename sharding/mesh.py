@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from . import rules
 
-_THREADS = 32
+_THREADS = 32  # for each device
 
 
 def spare_threads() -> None:
